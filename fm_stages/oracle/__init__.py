@@ -1,0 +1,21 @@
+"""The heart: the bank, the exact posterior over it, and what the oracle says about a model."""
+
+from fm_stages.oracle.bank import DataBank
+from fm_stages.oracle.curves import Curves, TimestepCurves, timestep_bins
+from fm_stages.oracle.decompose import Decomposition, decompose
+from fm_stages.oracle.exact import Oracle, Posterior
+from fm_stages.oracle.profile import StageProfile
+from fm_stages.oracle.wiener import Wiener
+
+__all__ = [
+    "Curves",
+    "DataBank",
+    "Decomposition",
+    "Oracle",
+    "Posterior",
+    "StageProfile",
+    "TimestepCurves",
+    "Wiener",
+    "decompose",
+    "timestep_bins",
+]

@@ -1,0 +1,134 @@
+"""Numbers by timestep: bins in logit(t), sums that reduce over ranks, and the curves made from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def timestep_bins(num_bins: int = 18, reach: float = 4.0, boundary: float | None = None) -> list[float]:
+    """Edges of bins that are even in logit(t), fine where t is near 0 or 1, and open up to both ends.
+
+    Args:
+        num_bins: number of bins.
+        reach: the inner edges run from logit(t) = -reach to reach.
+        boundary: the inner edge nearest to it is moved there, so that no bin lies in both stages.
+
+    Returns:
+        num_bins + 1 increasing edges from 0 to 1.
+    """
+    if num_bins < 3:
+        raise ValueError(f"need at least 3 timestep bins, got {num_bins}")
+    inner = torch.sigmoid(torch.linspace(-reach, reach, num_bins - 1, dtype=torch.float64)).tolist()
+    if boundary is not None and 0 < boundary < 1:
+        logit = math.log(boundary / (1 - boundary))
+        nearest = min(range(len(inner)), key=lambda i: abs(math.log(inner[i] / (1 - inner[i])) - logit))
+        inner[nearest] = boundary
+        inner = sorted(inner)
+    return [0.0, *inner, 1.0]
+
+
+@dataclass
+class Curves:
+    """Means over t, by bin: plain numbers, ready for a table, a figure or JSON.
+
+    Attributes:
+        edges: (K + 1) bin edges.
+        count: (K) samples in each bin.
+        mean: for each quantity its mean in each bin (K); NaN in empty bins.
+        sem: the standard errors of the means (K); NaN below two samples.
+    """
+
+    edges: list[float]
+    count: list[int]
+    mean: dict[str, list[float]]
+    sem: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def centre(self) -> list[float]:
+        """Middles of the bins (K)."""
+        return [(lo + hi) / 2 for lo, hi in zip(self.edges, self.edges[1:], strict=False)]
+
+    def average(self, name: str, lo: float = 0.0, hi: float = 1.0) -> float:
+        """Average of a quantity over uniform t in [lo, hi]: bin means times bin widths, over the bins with samples."""
+        pairs = [(w, m) for w, m in zip(self._widths(lo, hi), self.mean[name], strict=True) if w and not math.isnan(m)]
+        total = sum(w for w, _ in pairs)
+        return sum(w * m for w, m in pairs) / total if total else math.nan
+
+    def average_sem(self, name: str, lo: float = 0.0, hi: float = 1.0) -> float:
+        """Standard error of `average`, over the bins that have one."""
+        pairs = [(w, e) for w, e in zip(self._widths(lo, hi), self.sem[name], strict=True) if w and not math.isnan(e)]
+        total = sum(w for w, _ in pairs)
+        return math.sqrt(sum((w * e) ** 2 for w, e in pairs)) / total if total else math.nan
+
+    def coverage(self, lo: float = 0.0, hi: float = 1.0) -> float:
+        """Share of [lo, hi] that lies in bins with samples."""
+        widths = self._widths(lo, hi)
+        return sum(w for w, n in zip(widths, self.count, strict=True) if n) / sum(widths) if any(widths) else 0.0
+
+    def table(self) -> tuple[list[str], list[list[float]]]:
+        """Columns and rows, one row per bin."""
+        names = list(self.mean)
+        columns = ["t_lo", "t_hi", "count", *names, *(f"{name}_sem" for name in names)]
+        rows = [
+            [self.edges[k], self.edges[k + 1], self.count[k]]
+            + [self.mean[name][k] for name in names]
+            + [self.sem[name][k] for name in names]
+            for k in range(len(self.count))
+        ]
+        return columns, rows
+
+    def to_dict(self) -> dict:
+        """Plain dictionary for JSON."""
+        return asdict(self)
+
+    def _widths(self, lo: float, hi: float) -> list[float]:
+        """Length of each bin inside [lo, hi] (K)."""
+        return [max(0.0, min(b, hi) - max(a, lo)) for a, b in zip(self.edges, self.edges[1:], strict=False)]
+
+
+class TimestepCurves(Metric):
+    """Running sums of per-sample numbers by timestep bin; sums, so that ranks reduce correctly.
+
+    Args:
+        names: the quantities.
+        edges: bin edges, see `timestep_bins`.
+    """
+
+    full_state_update = False
+
+    def __init__(self, names: tuple[str, ...], edges: list[float]) -> None:
+        super().__init__(compute_with_cache=False)
+        self.names = tuple(names)
+        self.edges = list(edges)
+        shape = (len(edges) - 1, len(self.names))
+        self.add_state("count", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state("square", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.set_dtype(torch.float64)
+
+    def update(self, t: Tensor, **values: Tensor) -> None:
+        """Add samples: ``t`` (B,) and one (B,) tensor for each name."""
+        inner = torch.tensor(self.edges[1:-1], dtype=torch.float64, device=t.device)
+        bins = torch.bucketize(t.double(), inner, right=True)  # (B,)
+        stacked = torch.stack([values[name].double() for name in self.names], 1)  # (B, Q)
+        self.count.index_add_(0, bins, torch.ones_like(stacked[:, 0]))
+        self.total.index_add_(0, bins, stacked)
+        self.square.index_add_(0, bins, stacked.square())
+
+    def compute(self) -> Curves:
+        """Means and standard errors by bin."""
+        n = self.count[:, None]
+        mean = self.total / n  # 0 / 0 is NaN, which is what an empty bin means
+        spread = (self.square / n - mean.square()).clamp(min=0) * n / (n - 1)
+        sem = torch.where(n > 1, (spread / n).sqrt(), torch.nan)
+        return Curves(
+            edges=self.edges,
+            count=[int(c) for c in self.count.tolist()],
+            mean={name: mean[:, i].tolist() for i, name in enumerate(self.names)},
+            sem={name: sem[:, i].tolist() for i, name in enumerate(self.names)},
+        )
