@@ -12,7 +12,7 @@ from torch import Tensor
 NUM_EXTRA = 4
 """Columns kept behind each row's pixels: what lets one matrix product yield logits and sums at once."""
 
-_NEVER = -1e30
+_NEVER = -1e4
 """Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern."""
 
 

@@ -65,6 +65,15 @@ class Curves:
         total = sum(w for w, _ in pairs)
         return math.sqrt(sum((w * e) ** 2 for w, e in pairs)) / total if total else math.nan
 
+    def z_score(self, name: str) -> float:
+        """Sum of a quantity over all samples, over the root of the sum of its squares: about N(0, 1) if its mean is 0."""
+        total = square = 0.0
+        for n, mean, sem in zip(self.count, self.mean[name], self.sem[name], strict=True):
+            if n:
+                total += n * mean
+                square += n * mean**2 + (n * (n - 1) * sem**2 if n > 1 else 0.0)
+        return total / math.sqrt(square) if square else math.nan
+
     def coverage(self, lo: float = 0.0, hi: float = 1.0) -> float:
         """Share of [lo, hi] that lies in bins with samples."""
         widths = self._widths(lo, hi)

@@ -1,0 +1,65 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BENCHMARKS := oracle monitor lightning_overhead
+
+# `make install TORCH=2.11` takes that release in place of the pinned one, and later calls stay with it until
+# `make install TORCH=pinned`.
+override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/dev/null),pinned))
+STAMP := $(VENV)/.installed-$(TORCH)
+OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
+
+.PHONY: help install demo test test-all lint format bench clean distclean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)  ## Make .venv with everything in it (PYTHON=python3.12, TORCH=2.11 choose others)
+
+# The stamp is touched last and removed first: an install that broke half-way is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	        echo "fm-stages needs Python 3.11 or newer and '$(PYTHON)' is not: try 'make install PYTHON=python3.12'." >&2; \
+	        exit 1; \
+	    }; \
+	    echo "Making $(VENV) with $$($(PYTHON) --version)."; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	}
+	@rm -f $(VENV)/.installed-*
+	@echo $(TORCH) >$(VENV)/torch
+	@sed -e '/^#/d' $(OTHER_TORCH) constraints.txt >$(VENV)/constraints.txt
+	@echo "Installing fm-stages and what it needs. torch alone is some gigabytes: the first time takes minutes."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Installed: $$($(BIN)/python --version), torch $$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')."
+
+demo: $(STAMP)  ## Train a small model on the digits data, on the CPU
+	$(BIN)/fm-stages fit --config configs/digits_dit.yaml
+	@echo "The results are in $$(ls -td runs/*/ | head -n 1)"
+
+test: $(STAMP)  ## Run the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## Run all tests
+	$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fm_stages
+
+format: $(STAMP)  ## Put the code into the format that lint asks for
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Run the benchmarks, each of which prints a table
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+clean:  ## Remove caches and build outputs; runs/ stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs -o -path ./wandb \) -prune -o \
+	    -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv too; runs/ stays
+	rm -rf $(VENV)

@@ -1,0 +1,78 @@
+"""The command ``fm-stages``: a table of subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+
+def _training() -> None:
+    from fm_stages.training import TrainingCLI
+
+    TrainingCLI()
+
+
+def _diagnose() -> None:
+    from fm_stages.studies import diagnose_command
+
+    diagnose_command()
+
+
+COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
+    "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
+    "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
+    "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
+}
+
+
+def _usage() -> str:
+    from fm_stages import __doc__ as purpose
+    from fm_stages import __version__
+
+    rows = "\n".join(f"  {name:10} {text}" for name, (text, _) in COMMANDS.items())
+    return (
+        f"fm-stages {__version__}\n{purpose}\n\nusage: fm-stages COMMAND [options]\n\n{rows}\n\n"
+        "fm-stages COMMAND --help lists a command's options."
+    )
+
+
+def main() -> None:
+    """Run a subcommand; a mistake in the input ends with one line and status 2."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if arguments[0] in ("--version", "-V"):
+        from fm_stages import __version__
+
+        print(__version__)
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"fm-stages: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        COMMANDS[arguments[0]][1]()
+    except Exception as error:
+        if not _is_input_error(error):
+            raise
+        print(f"fm-stages: {_config_files(arguments)}{error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_input_error(error: Exception) -> bool:
+    """Whether a person's input is at fault: the parser says so, or this package raised on purpose."""
+    if type(error).__name__ in ("ArgumentError", "MisconfigurationException"):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    ours = str(Path(__file__).parent)
+    raised_here = frames[-1][0].f_code.co_filename.startswith(ours)
+    return raised_here and isinstance(error, (ValueError, FileNotFoundError, TypeError))
+
+
+def _config_files(arguments: list[str]) -> str:
+    """The config files among the arguments, to begin a message with."""
+    values = [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config", "-c")]
+    values += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    return f"{', '.join(values)}: " if values else ""

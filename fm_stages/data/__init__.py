@@ -1,0 +1,17 @@
+"""Training data: each data module says once, in `bank()`, what its training set is."""
+
+from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
+from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range
+from fm_stages.data.module import ImageData
+
+__all__ = [
+    "CIFAR10",
+    "Digits",
+    "EpochSampler",
+    "FashionMNIST",
+    "HeldOutSampler",
+    "ImageData",
+    "ImageFolder",
+    "LabelledImages",
+    "to_model_range",
+]

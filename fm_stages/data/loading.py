@@ -1,0 +1,190 @@
+"""From labelled images in memory to batches: what a bank row is, and which rows make which batch on which rank.
+
+A *bank row* is i for training image i and N + i for its horizontal flip. Batches are planned for all ranks at once: a
+global batch is what one optimizer step sees, and a rank takes its part of it by position, so that neither the number of
+ranks nor a restart in the middle of an epoch changes what any step is trained on.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+from torchvision.transforms import v2
+
+from fm_stages.flow import keyed_generator
+
+to_model_range = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=[0.5], std=[0.5])])
+"""uint8 images (..., C, H, W) to float32 in [-1, 1]: the only preprocessing, so batches and bank have the same bits."""
+
+
+class LabelledImages(Dataset):
+    """Images with labels, read a whole batch at once: an item is the pair (rows, positions) that a sampler yields.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, in [0, num_classes).
+        num_classes: number of classes, those without an image included.
+        in_bank: whether the rows are rows of the bank, i.e. this is the training set. Batches of held-out images carry
+            no ``index``: an oracle that is given one takes the row for the query's own.
+
+    Raises:
+        ValueError: if there is no image, a dtype or a shape is wrong, or a label lies outside its range.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, num_classes: int, in_bank: bool = True) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
+            raise ValueError(
+                f"need at least one uint8 image, (N, C, H, W); got {images.dtype} of shape {tuple(images.shape)}"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"need one int64 label for each of the {len(images)} images; got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}"
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must lie in [0, {num_classes}), the number of classes; they span [{low}, {high}]")
+        self.images, self.labels, self.num_classes, self.in_bank = images, labels, num_classes, in_bank
+
+    def __len__(self) -> int:
+        """Number of images, flips not counted."""
+        return len(self.images)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as the network sees them, (B, C, H, W) float32 in [-1, 1], and labels (B,) of bank rows (B,) int64.
+
+        Raises:
+            IndexError: if a row lies outside [0, 2 N).
+        """
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < 2 * len(self):
+            raise IndexError(f"rows must lie in [0, {2 * len(self)}); they span [{index.min()}, {index.max()}]")
+        image = index % len(self)
+        flipped = (index >= len(self)).view(-1, 1, 1, 1)
+        x = self.images[image]  # (B, C, H, W) uint8
+        return to_model_range(torch.where(flipped, x.flip(-1), x)), self.labels[image]
+
+    def __getitem__(self, item: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The batch of the pair (rows, positions), each (B,) int64: x1, labels, position and, if in_bank, index."""
+        index, position = item
+        x1, labels = self.rows(index)
+        batch = {"x1": x1, "labels": labels, "position": position}
+        return {**batch, "index": index} if self.in_bank else batch
+
+
+class EpochSampler(DistributedSampler):
+    """Whole micro-batches of shuffled bank rows, for ``DataLoader(..., batch_size=None)``.
+
+    Micro-batch m of an optimizer step on rank r of R takes the positions [(m R + r) b, (m R + r + 1) b) of the global
+    batch, b = batch_size / (R * accumulation). Order and flips of an epoch depend on seed and epoch alone; what is left
+    over after the last whole batch waits for another epoch. A `DistributedSampler`, because Lightning replaces others.
+
+    Args:
+        dataset: the training set, N images.
+        batch_size: images per optimizer step, over all ranks and accumulated micro-batches.
+        flip: whether a fair coin replaces each image by its horizontal flip.
+        seed: of order and flips.
+        num_replicas: number of ranks R.
+        rank: this rank.
+        accumulation: micro-batches per optimizer step.
+        place: called as an iteration starts, says where: the epoch, and how many images of it (global, a whole number
+            of micro-batches) are done. None: at the epoch of ``set_epoch`` and the attribute ``start``, which is 0
+            unless set after ``set_epoch``.
+
+    Raises:
+        ValueError: if batch_size is larger than N or does not divide into ranks and micro-batches.
+    """
+
+    def __init__(
+        self,
+        dataset: LabelledImages,
+        batch_size: int,
+        *,
+        flip: bool = False,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        place: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
+        if not 1 <= batch_size <= len(dataset):
+            raise ValueError(
+                f"batch_size={batch_size} must lie between 1 and the number of training images, {len(dataset)}"
+            )
+        if batch_size % (num_replicas * accumulation):
+            raise ValueError(
+                f"batch_size={batch_size} images per optimizer step do not divide into {num_replicas} ranks times "
+                f"{accumulation} accumulated micro-batches: choose a multiple of {num_replicas * accumulation}"
+            )
+        self.num_images, self.batch_size, self.flip, self.accumulation = len(dataset), batch_size, flip, accumulation
+        self.place = place
+        self.start = 0
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per micro-batch, over all ranks."""
+        return self.batch_size // self.accumulation
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; a new epoch starts at its beginning."""
+        if epoch != self.epoch:
+            self.start = 0
+        super().set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Micro-batches of a full epoch on this rank, wherever the iteration starts."""
+        return self.num_images // self.batch_size * self.accumulation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of bank rows and positions in the global batch, each (b,) int64."""
+        epoch, start = self.place() if self.place else (self.epoch, self.start)
+        if start % self.micro_batch_size:
+            raise ValueError(
+                f"cannot start after {start} images of an epoch: {self.micro_batch_size} make one micro-batch"
+            )
+        rows = torch.randperm(self.num_images, generator=keyed_generator("order", self.seed, epoch))
+        if self.flip:
+            coins = torch.randint(2, (self.num_images,), generator=keyed_generator("flips", self.seed, epoch))
+            rows += self.num_images * coins
+        local = self.micro_batch_size // self.num_replicas
+        for micro_batch in range(start // self.micro_batch_size, len(self)):
+            step, m = divmod(micro_batch, self.accumulation)
+            positions = (m * self.num_replicas + self.rank) * local + torch.arange(local)
+            yield rows[step * self.batch_size + positions], positions
+
+
+class HeldOutSampler(DistributedSampler):
+    """Every held-out image exactly once, in order; all ranks make the same number of batches, and none is empty.
+
+    Contiguous parts, one after the other to each rank, differ by at most one image. A part holds at most
+    batch_size / num_replicas images, rounded up, or one or two where smaller ones would leave a rank without any.
+
+    Args:
+        dataset: the held-out set, N images.
+        batch_size: images per batch over all ranks, at least one for each.
+        num_replicas: number of ranks.
+        rank: this rank.
+
+    Raises:
+        ValueError: if batch_size or N is smaller than the number of ranks.
+    """
+
+    def __init__(self, dataset: LabelledImages, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        if min(len(dataset), batch_size) < num_replicas:
+            raise ValueError(
+                f"{len(dataset)} held-out images in batches of {batch_size} leave some of the {num_replicas} ranks "
+                f"without an image: hold out at least {num_replicas} images and set val_batch_size to as many or more"
+            )
+        self.num_images = len(dataset)
+        self.num_batches = min(-(-self.num_images // batch_size), self.num_images // num_replicas)
+
+    def __len__(self) -> int:
+        """Batches on this rank, and on each other."""
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of rows and positions: both are the number of the held-out image, (b,) int64."""
+        parts = torch.arange(self.num_images).tensor_split(self.num_batches * self.num_replicas)
+        return ((part, part) for part in parts[self.rank :: self.num_replicas])

@@ -1,0 +1,240 @@
+"""The data module that all image data sets share: batches, bank, and the place in the data that a restart needs."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages
+from fm_stages.oracle import DataBank
+
+
+class _ResumableLoader(DataLoader):
+    """Spares a resumed run Lightning's warning of unreliable results: the place is in the data module's state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class Splits(NamedTuple):
+    """What a data set's files hold: images (N, C, H, W) uint8, labels (N,) int64, and the names of the classes."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    class_names: Sequence[str]
+
+
+class ImageData(L.LightningDataModule):
+    """Base of the image data sets, which differ only in what they `read`.
+
+    All images are held as one uint8 tensor, preprocessed without randomness; the only augmentation is the horizontal
+    flip, because the bank can hold flips as rows of their own. Any other would make the oracle inexact.
+
+    A training batch is a dict: ``x1`` (B, C, H, W) float32 in [-1, 1], ``labels`` (B,) int64, ``index`` (B,) int64, the
+    rows in the bank, and ``position`` (B,) int64, the places in the global batch. A held-out batch has no ``index``,
+    and its ``position`` is the number of the held-out image.
+
+    `setup` sets ``shape`` (C, H, W), ``num_classes``, ``class_names``, ``num_train`` and ``num_val``. Without a Trainer
+    everything works as on one rank without accumulation; then choose the epoch with ``loader.sampler.set_epoch``.
+
+    Args:
+        batch_size: images per optimizer step, over all ranks and accumulated micro-batches.
+        val_batch_size: held-out images per batch over all ranks; None: as many as batch_size.
+        flip: whether training images are flipped horizontally at random (and the bank holds both).
+        seed: of the order and the flips.
+        num_workers: processes that load batches; the images are in memory, so 0 is fast.
+
+    Raises:
+        ValueError: if an argument lies outside its range.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    class_names: list[str]
+    num_train: int
+    num_val: int
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        val_batch_size: int | None = None,
+        flip: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        if min(batch_size, val_batch_size) < 1 or num_workers < 0:
+            raise ValueError(
+                f"batch_size={batch_size} and val_batch_size={val_batch_size} must be 1 or more, "
+                f"num_workers={num_workers} 0 or more"
+            )
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.flip, self.seed, self.num_workers = flip, seed, num_workers
+        self._train: LabelledImages | None = None
+        self._val: LabelledImages | None = None
+        self._bank: DataBank | None = None
+        self._resumed = {"epoch": 0, "samples": 0, "batches": 0}
+
+    def read(self) -> Splits:
+        """Read the files; each data set's own part."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data, once; later calls are free.
+
+        Raises:
+            FileNotFoundError: if the files are not there.
+            ValueError: if a split is empty, a label lies outside the classes, or the Trainer has overfit_batches.
+        """
+        if overfit := getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError(
+                f"overfit_batches={overfit} would replace the samplers, and with them the order that a restart and the "
+                "oracle rely on: use limit_train_batches or fewer images"
+            )
+        if stage == "fit":  # a checkpoint's place, if there is one, comes after this
+            self._resumed = {"epoch": 0, "samples": 0, "batches": 0}
+        if self._train is not None:
+            return
+        splits = self.read()
+        self.class_names = list(splits.class_names)
+        self.num_classes = len(self.class_names)
+        self._val = LabelledImages(splits.val_images, splits.val_labels, self.num_classes, in_bank=False)
+        self._train = LabelledImages(splits.train_images, splits.train_labels, self.num_classes)
+        self.num_train, self.num_val = len(self._train), len(self._val)
+        channels, height, width = self._train.images.shape[1:]
+        self.shape = (channels, height, width)
+
+    def bank(self) -> DataBank:
+        """The training set as the oracle sees it, made on the first call.
+
+        Row i is training image i; with flips row num_train + i is its flip. Bit for bit what batches hold.
+        """
+        if self._bank is None:
+            train = self._ready()[0]
+            x1 = torch.empty(self.num_train * (2 if self.flip else 1), *self.shape)
+            for rows in torch.arange(len(x1)).split(4096):  # by pieces: preprocessing makes copies
+                x1[rows] = train.rows(rows)[0]
+            self._bank = DataBank(x1, train.labels.repeat(2 if self.flip else 1))
+        return self._bank
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank, from the Trainer's place in the epoch on.
+
+        Raises:
+            ValueError: if batch_size does not fit the data or the ranks, or a checkpoint from the middle of an epoch
+                was made with another order of the data.
+        """
+        train, _ = self._ready()
+        trainer = self.trainer
+        if trainer is None:
+            return self._loader(train, EpochSampler(train, self.batch_size, flip=self.flip, seed=self.seed))
+        self._check_resumable()
+        sampler = EpochSampler(
+            train,
+            self.batch_size,
+            flip=self.flip,
+            seed=self.seed,
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
+            accumulation=trainer.accumulate_grad_batches,
+            place=self._place,
+        )
+        return self._loader(train, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Held-out batches of this rank: each image once over all ranks, in order."""
+        _, val = self._ready()
+        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
+        return self._loader(val, HeldOutSampler(val, self.val_batch_size, **ranks))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data: the epoch, how many images of it (global) are done, and what fixes their order.
+
+        Raises:
+            RuntimeError: without a Trainer, which is who counts.
+        """
+        if self.trainer is None:
+            raise RuntimeError("the place in the data is the Trainer's: a plain loop keeps its own epoch and start")
+        epoch, samples = self._place()
+        return {"epoch": epoch, "samples": samples, "batches": self._batches_done(), **self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the place of a checkpoint."""
+        self._resumed = dict(state_dict)
+
+    def _ready(self) -> tuple[LabelledImages, LabelledImages]:
+        """The training and the held-out set, read if they were not yet."""
+        if self._train is None or self._val is None:
+            self.setup()
+        assert self._train is not None
+        assert self._val is not None
+        return self._train, self._val
+
+    def _loader(self, dataset: LabelledImages, sampler: EpochSampler | HeldOutSampler) -> DataLoader:
+        return _ResumableLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # an item of the sampler is a whole batch
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # seeds the workers; the global one would advance with every iteration
+        )
+
+    def _order(self) -> dict[str, int | bool]:
+        """What decides which images a micro-batch holds, beside the place."""
+        assert self.trainer is not None
+        return {
+            "batch_size": self.batch_size,
+            "accumulation": self.trainer.accumulate_grad_batches,
+            "num_train": self.num_train,
+            "flip": self.flip,
+            "seed": self.seed,
+        }
+
+    def _batches_done(self) -> int:
+        """Micro-batches that the Trainer has finished on each rank, in all epochs and earlier runs."""
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"]
+
+    def _place(self) -> tuple[int, int]:
+        """The epoch, and the images of it that are done, from the one count that Lightning always restores right.
+
+        Its counts per epoch do not serve: after a restart from a checkpoint of an epoch's end under max_steps,
+        `set_epoch` is told one epoch too many. Until Lightning has restored its counts, this is the checkpoint's place.
+        """
+        assert self.trainer is not None
+        micro_batch_size = self.batch_size // self.trainer.accumulate_grad_batches
+        full = self.num_train // self.batch_size * self.trainer.accumulate_grad_batches
+        per_epoch = min(full, self.trainer.num_training_batches)  # fewer with limit_train_batches
+        since = max(self._batches_done() - self._resumed["batches"], 0)
+        epochs, batches = divmod(self._resumed["samples"] // micro_batch_size + since, int(per_epoch))
+        return self._resumed["epoch"] + epochs, batches * micro_batch_size
+
+    def _check_resumable(self) -> None:
+        """Raise or warn if a place in the middle of an epoch is not the same place in this run."""
+        saved, samples = self._resumed, self._resumed["samples"]
+        if not samples:
+            return
+        changed = {k: (saved[k], v) for k, v in self._order().items() if saved[k] != v}
+        if changed:
+            differences = ", ".join(f"{k} was {old} and is {new}" for k, (old, new) in changed.items())
+            raise ValueError(
+                f"the checkpoint lies inside epoch {saved['epoch']}, after {samples} images, which cannot go on with "
+                f"other batches: {differences}. Restore these, or start from a checkpoint of an epoch's end"
+            )
+        if samples % self.batch_size:
+            rank_zero_warn(
+                f"The checkpoint lies inside an optimizer step: {samples % self.batch_size} of its {self.batch_size} "
+                "images were done, but their gradients are not in the file. The first step goes without them; save "
+                "after whole steps to continue exactly."
+            )

@@ -1,0 +1,28 @@
+"""Training: the LightningModule, its targets, the callbacks, and the command line that puts them together."""
+
+from fm_stages.training.checkpoints import Checkpoints, init_from, network_weights, read_checkpoint
+from fm_stages.training.config import CONFIG_KEY, TrainingCLI
+from fm_stages.training.module import FlowMatching
+from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.report import report
+from fm_stages.training.samples import SampleGrid
+from fm_stages.training.targets import ConditionalTarget, HybridTarget, OracleTarget, Target
+from fm_stages.training.throughput import Throughput
+
+__all__ = [
+    "CONFIG_KEY",
+    "Checkpoints",
+    "ConditionalTarget",
+    "FlowMatching",
+    "HybridTarget",
+    "OracleMonitor",
+    "OracleTarget",
+    "SampleGrid",
+    "Target",
+    "Throughput",
+    "TrainingCLI",
+    "init_from",
+    "network_weights",
+    "read_checkpoint",
+    "report",
+]

@@ -1,0 +1,102 @@
+"""Checkpoints: where they go, what they carry beside the weights, and how weights are read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+"""The weight whose shape depends on the number of classes."""
+
+
+class Checkpoints(ModelCheckpoint):
+    """`ModelCheckpoint` with a fixed place, ``<run>/checkpoints``: the best by ``monitor``, and last.ckpt.
+
+    Args:
+        monitor: number that decides which is best; the smallest is.
+        save_top_k: how many of the best to keep.
+        every_n_train_steps: steps between checkpoints; None = at each validation.
+    """
+
+    def __init__(
+        self, monitor: str | None = "val/loss", save_top_k: int = 1, every_n_train_steps: int | None = None
+    ) -> None:
+        super().__init__(
+            monitor=monitor,
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+            save_last=True,
+            filename="step_{step:07d}",
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Fix the folder: a new one for each start would lose sight of the last checkpoint."""
+        self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without unpickling anything but tensors and plain values.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a checkpoint of this package.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for foreign or truncated files
+        raise ValueError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of fm-stages: it has no state_dict")
+    return checkpoint
+
+
+def network_weights(checkpoint: dict[str, Any], ema: bool) -> dict[str, Tensor] | None:
+    """The network's state_dict out of a checkpoint, raw or EMA; None if there are no such weights."""
+    prefix = "network_ema." if ema else "network."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return weights or None
+
+
+def init_from(network: nn.Module, path: str | Path) -> str:
+    """Start a network from a checkpoint's weights alone: EMA where there are some, else raw.
+
+    Another number of classes is allowed: the label table then keeps its fresh values.
+
+    Returns:
+        One line on what was loaded.
+
+    Raises:
+        ValueError: if anything else does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    weights, kind = network_weights(checkpoint, ema=True), "EMA"
+    if weights is None:
+        weights, kind = network_weights(checkpoint, ema=False), "raw"
+    if weights is None:
+        raise ValueError(f"{path} holds no weights named network.*")
+    own = network.state_dict()
+    kept = ""
+    if LABEL_TABLE in own and LABEL_TABLE in weights and weights[LABEL_TABLE].shape != own[LABEL_TABLE].shape:
+        kept = f"; the label table starts fresh ({len(weights[LABEL_TABLE])} rows there, {len(own[LABEL_TABLE])} here)"
+        weights[LABEL_TABLE] = own[LABEL_TABLE]
+    wrong = [
+        f"{k} {tuple(weights[k].shape)} there, {tuple(own[k].shape)} here"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    wrong += [f"{k} missing there" for k in own if k not in weights] + [f"{k} unknown here" for k in weights if k not in own]
+    if wrong:
+        raise ValueError(f"{path} does not fit the network ({len(wrong)} weights differ), first: {wrong[0]}")
+    network.load_state_dict(weights)
+    return f"Started from the {kind} weights of {path}{kept}."

@@ -1,0 +1,107 @@
+"""What the monitor checks before it believes a number: the module's outputs, the bank's rows, the labels' meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fm_stages.oracle import Oracle
+
+REQUIRED = ("x0", "x1", "x_t", "t", "prediction")
+OPTIONAL = ("prediction_ema", "labels", "index")
+
+
+def outputs_of(outputs: Any, module: L.LightningModule) -> dict[str, Tensor]:
+    """The tensors that a step returned, detached and in float32; labels and index as they are.
+
+    Raises:
+        ValueError: if something is missing, with the contract.
+    """
+    found = set(outputs) if isinstance(outputs, dict) else set()
+    if missing := [name for name in REQUIRED if name not in found]:
+        raise ValueError(
+            f"OracleMonitor finds no {', '.join(missing)} in what {type(module).__name__}'s step returns. Return "
+            '{"loss": loss, "x0": noise, "x1": data, "x_t": x_t, "t": t, "prediction": velocity, "labels": labels '
+            "after label dropout, -1 for null}; all but the loss detached"
+        )
+    kept = {name: outputs[name].detach() for name in (*REQUIRED, *OPTIONAL) if outputs.get(name) is not None}
+    return {name: x if name in ("labels", "index") else x.float() for name, x in kept.items()}
+
+
+def check_num_rows(oracle: Oracle, trainer: L.Trainer) -> None:
+    """Refuse a bank that has not one row (or, with flips, two) for each training image."""
+    loader = trainer.train_dataloader
+    try:
+        num_images = len(loader.dataset)
+    except (AttributeError, TypeError):
+        return  # an endless or nested loader has no length to compare with; the first batch is still looked up
+    flip = getattr(getattr(trainer, "datamodule", None), "flip", None)
+    views = {None: (1, 2), False: (1,), True: (2,)}[flip]
+    expected = [num_images * v for v in views]
+    if oracle.bank.num_rows not in expected:
+        wanted = " or ".join(map(str, expected))
+        raise ValueError(
+            f"the bank has {oracle.bank.num_rows} rows, the training set {num_images} images (flip={flip}): the bank "
+            f"must hold the training distribution point by point, {wanted} rows, without padding or held-out images"
+        )
+
+
+def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
+    """Refuse numbers that would be wrong: another path, rows that are not in the bank, labels of another meaning.
+
+    Args:
+        oracle: of the training set.
+        seen: what `outputs_of` returned.
+
+    Raises:
+        ValueError: what is wrong, with the remedy.
+    """
+    _check_interpolation(oracle, seen)
+    x1, labels = seen["x1"], seen.get("labels")
+    bank = oracle.bank
+    tolerance = 1e-4 * bank.rms_norm
+    missing = _distance(oracle, x1, None) > tolerance
+    if bool(missing.any()):
+        raise ValueError(
+            f"{int(missing.sum())} of {len(x1)} rows of the first training batch are not in the bank. Batch: mean "
+            f"{x1.mean():.3f}, std {x1.std():.3f}; bank: mean {bank.mean.mean():.3f}. Use the same normalisation and "
+            "no random augmentation but flips that the bank holds as rows"
+        )
+    if labels is None or bool((labels == -1).all()):
+        return
+    if not bank.has_labels:
+        raise ValueError("the module reports labels, but the bank has none: build it as DataBank(x1, labels)")
+    highest = max(bank.label_counts)
+    strange = labels[(labels < -1) | (labels > highest)]
+    if len(strange):
+        raise ValueError(
+            f"the module reports label {int(strange[0])}, the bank's labels run from 0 to {highest}: report dropped "
+            "(null) labels as -1; only the network maps them to its null row"
+        )
+    wrong = (_distance(oracle, x1, labels) > tolerance).nonzero()[:, 0]
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} of {len(x1)} rows of the first training batch carry another label in the bank (the module "
+            f"reports {int(labels[wrong[0]])} for one of them): both must number the classes alike"
+        )
+
+
+def _check_interpolation(oracle: Oracle, seen: dict[str, Tensor]) -> None:
+    """x_t must be what the path makes of x0, x1 and t: time reversed or another path would give another oracle."""
+    expected = oracle.path.interpolate(seen["x0"], seen["x1"], seen["t"])
+    error = (expected - seen["x_t"]).abs().max().item()
+    if not error <= 0.05:  # bfloat16 rounds values of this size by up to 0.02
+        raise ValueError(
+            f"x_t differs from {type(oracle.path).__name__}.interpolate(x0, x1, t) by up to {error:.2g}: the module "
+            "uses another path or runs time the other way (here t = 0 is noise and t = 1 is data)"
+        )
+
+
+def _distance(oracle: Oracle, x1: Tensor, labels: Tensor | None) -> Tensor:
+    """Distance of data (B, ...) to the nearest row that its label allows, (B,): at t = 1 the posterior is that row."""
+    ones = torch.ones(len(x1), device=x1.device)
+    nearest = oracle.posterior(x1 * oracle.path.alpha(ones[:1]), ones, labels).mean
+    return (nearest - x1).flatten(1).norm(dim=1)

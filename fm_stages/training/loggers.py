@@ -1,0 +1,86 @@
+"""Numbers, tables and figures to whatever logger the Trainer has, and to the run's folder in any case."""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
+
+from fm_stages import plots
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run's figures and tables go."""
+    return Path(trainer.default_root_dir)
+
+
+@rank_zero_only
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+    """Scalars, at once: `LightningModule.log` would drop those of steps that the Trainer does not log."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+
+
+@rank_zero_only
+def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table: to wandb under ``name``, and as ``<run>/<name>_<step>.csv``."""
+    path = run_folder(trainer) / f"{name}_{trainer.global_step:07d}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=trainer.global_step)
+
+
+@rank_zero_only
+def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
+    """A figure: to wandb under ``<name>_figure`` (one key holds one kind), and as ``<run>/<name>.png``, the newest."""
+    path = plots.save(figure, run_folder(trainer) / f"{name}.png")
+    log_image(trainer, f"{name}_figure", path)
+
+
+@rank_zero_only
+def log_image(trainer: L.Trainer, name: str, path: Path) -> None:
+    """A picture file, to wandb."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=trainer.global_step)
+
+
+def choose_wandb_mode(host: str = "api.wandb.ai", timeout_sec: float = 2.0) -> str:
+    """Set WANDB_MODE to offline if there is no login or no network, unless it is set: a run never waits for wandb.
+
+    Returns:
+        The mode, for a message.
+    """
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if not _has_wandb_login():
+        os.environ["WANDB_MODE"] = "offline"
+        return "offline (no login: `wandb login` once, or WANDB_API_KEY)"
+    try:
+        socket.create_connection((host, 443), timeout=timeout_sec).close()
+    except OSError:
+        os.environ["WANDB_MODE"] = "offline"
+        return f"offline ({host} cannot be reached; `wandb sync` sends the run later)"
+    return "online"
+
+
+def _has_wandb_login() -> bool:
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,204 @@
+"""The LightningModule: wires network, path, timestep sampler, target and weighting together, and holds no formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+from torchmetrics import MeanMetric
+
+from fm_stages.flow import (
+    LinearPath,
+    Path,
+    TimestepSampler,
+    UniformTimesteps,
+    UniformWeighting,
+    Weighting,
+    keyed_normal,
+    keyed_uniform,
+    stratified_uniform,
+)
+from fm_stages.oracle import Oracle
+from fm_stages.training.ema import frozen_twin, ramped_decay, update_twin
+from fm_stages.training.targets import ConditionalTarget, Target
+
+GOLDEN = 0.6180339887498949
+"""Steps of this size modulo 1 fill [0, 1] evenly, however many are taken."""
+
+
+class FlowMatching(L.LightningModule):
+    """Flow matching of images with a velocity network.
+
+    Args:
+        network: ``network(x, t, y) -> velocity``; y is -1 for the null class.
+        path: between noise and data; linear by default.
+        timesteps: density that training draws t from; uniform by default.
+        target: what the network regresses on; the conditional target by default.
+        weighting: of the loss over t; uniform by default.
+        optimizer: called with the parameters; AdamW with learning rate 1e-4 by default.
+        warmup_steps: steps over which the learning rate rises linearly to its value.
+        label_dropout: probability that a training sample's label is replaced by the null class.
+        ema_decay: of the averaged weights; 0 keeps none.
+        compile: whether torch.compile compiles the network.
+        seed: of noise, times and label dropout. The draws depend on seed, step and place in the global batch alone.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: Path | None = None,
+        timesteps: TimestepSampler | None = None,
+        target: Target | None = None,
+        weighting: Weighting | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0),
+        warmup_steps: int = 0,
+        label_dropout: float = 0.1,
+        ema_decay: float = 0.9999,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, limit in (("label_dropout", label_dropout, 1.0), ("ema_decay", ema_decay, 1.0)):
+            if not 0 <= value <= limit:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
+        self.network = network
+        self.network_ema = frozen_twin(network) if ema_decay else None
+        self.path = path or LinearPath()
+        self.timesteps = timesteps or UniformTimesteps()
+        self.target = target or ConditionalTarget()
+        self.weighting = weighting or UniformWeighting()
+        self.make_optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.label_dropout = label_dropout
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.val_loss = MeanMetric()
+        self.val_loss_ema = MeanMetric()
+        if compile:
+            self.network.compile()  # in place: torch.compile(network) would rename every weight
+
+    def setup(self, stage: str) -> None:
+        """Check that network and data fit, and that a target that needs the bank finds one."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        _check_data(self.network, datamodule)
+        if stage == "fit" and self.target.needs_oracle and self.target.oracle is None:
+            if not hasattr(datamodule, "bank"):
+                raise ValueError(
+                    f"{type(self.target).__name__} needs the training set's bank: give the Trainer a datamodule with "
+                    "bank(), or choose fm_stages.training.ConditionalTarget"
+                )
+            self.target.attach(Oracle(datamodule.bank(), self.path))
+
+    def on_fit_start(self) -> None:
+        """Bring the bank to where the queries will be."""
+        if self.target.oracle is not None:
+            self.target.oracle.bank.to(self.device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the places in the batch on the CPU, where the generators are keyed: reading them back would wait."""
+        position = batch.pop("position", None) if isinstance(batch, dict) else None
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch if position is None else {**batch, "position": position}
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Draw t, noise and label dropout; interpolate; predict; regress. Returns what callbacks need."""
+        x1, labels, position, index = self._unpack(batch, batch_idx)
+        t, x0, labels = self._draw(x1, labels, position)
+        x_t = self.path.interpolate(x0, x1, t)
+        prediction = self.network(x_t, t, labels).float()
+        target = self.target(self.path, x0, x1, t, labels, index)
+        loss = (self.weighting(t) * (prediction - target).square().flatten(1).mean(1)).mean()
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(t))
+        seen = {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "prediction": prediction.detach(), "labels": labels}
+        return {"loss": loss, **seen, **({} if index is None else {"index": index})}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Regular loss at uniform t on held-out data, of raw and EMA weights; noise and t are fixed per image."""
+        x1, labels, position, _ = self._unpack(batch, batch_idx)
+        t = self._fixed_times(position)
+        x0 = keyed_normal(("val noise", self.seed), position, tuple(x1.shape[1:])).to(x1)
+        labels = self._drop_labels(labels, ("val labels", self.seed), position)
+        x_t = self.path.interpolate(x0, x1, t)
+        target = self.path.velocity(x0, x1, t)
+        outputs = {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "labels": labels}
+        for suffix, network, metric in self._weights():
+            prediction = network(x_t, t, labels).float()
+            metric.update((prediction - target).square().mean(), weight=len(t))
+            self.log(f"val/loss{suffix}", metric, on_step=False, on_epoch=True, prog_bar=not suffix)
+            outputs[f"prediction{suffix}"] = prediction
+        return outputs
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the average follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.network_ema is not None:
+            update_twin(self.network_ema, self.network, ramped_decay(self.ema_decay, self.trainer.global_step))
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and linear warm-up by step where asked for."""
+        optimizer = self.make_optimizer(p for p in self.network.parameters() if p.requires_grad)
+        if not self.warmup_steps:
+            return optimizer
+        warmup = LinearLR(optimizer, start_factor=1 / (self.warmup_steps + 1), total_iters=self.warmup_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+    def _weights(self) -> list[tuple[str, nn.Module, MeanMetric]]:
+        """Metric suffix, network and mean loss for raw and, where they are kept, EMA weights."""
+        raw = [("", self.network, self.val_loss)]
+        return raw if self.network_ema is None else [*raw, ("_ema", self.network_ema, self.val_loss_ema)]
+
+    def _draw(self, x1: Tensor, labels: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Times (B,), noise (B, ...) and labels (B,) after dropout, for this step's places in the global batch."""
+        step = self.trainer.global_step
+        num_strata = len(x1) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        u = stratified_uniform(("t", self.seed, step), position, num_strata).to(x1.device)
+        t = self.timesteps.icdf(u).clamp(max=self.path.max_time)
+        x0 = keyed_normal(("noise", self.seed, step), position, tuple(x1.shape[1:]), device=x1.device)
+        return t, x0, self._drop_labels(labels, ("labels", self.seed, step), position)
+
+    def _drop_labels(self, labels: Tensor, key: tuple[int | str, ...], position: Tensor) -> Tensor:
+        """Labels (B,) with the null class -1 where the dropout says so."""
+        kept = keyed_uniform(key, position).to(labels.device) >= self.label_dropout
+        return torch.where(kept, labels, -1)
+
+    def _fixed_times(self, position: Tensor) -> Tensor:
+        """One fixed time for each held-out image (B,): even over (0, 1) for any prefix of the set."""
+        u = ((position.double() + 0.5) * GOLDEN) % 1.0
+        return u.float().clamp(max=self.path.max_time)
+
+    def _unpack(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Images, labels (-1 without), places in the global batch and, where known, rows in the bank."""
+        if not isinstance(batch, dict):
+            x1, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
+            batch = {"x1": x1, "labels": labels}
+        x1 = batch["x1"]
+        labels, position = batch.get("labels"), batch.get("position")
+        if labels is None:
+            labels = torch.full((len(x1),), -1, device=x1.device)
+        if position is None:  # a foreign loader: ranks and accumulated micro-batches follow each other
+            micro = batch_idx if not self.trainer.training else batch_idx % self.trainer.accumulate_grad_batches
+            part = micro * self.trainer.world_size + self.trainer.global_rank
+            position = part * len(x1) + torch.arange(len(x1))
+        return x1, labels, position, batch.get("index")
+
+
+def _check_data(network: nn.Module, datamodule: Any) -> None:
+    """Refuse a network that was built for other images or fewer classes than the data has."""
+    shape, num_classes = getattr(datamodule, "shape", None), getattr(datamodule, "num_classes", None)
+    built = tuple(getattr(network, name, None) for name in ("in_channels", "input_size", "input_size"))
+    if shape is not None and None not in built and tuple(shape) != built:
+        raise ValueError(
+            f"the data's images are {tuple(shape)} (C, H, W), the network was built for {built}: set its in_channels "
+            "and input_size"
+        )
+    known = getattr(network, "num_classes", None)
+    if num_classes is not None and known and known < num_classes:
+        raise ValueError(
+            f"the data has {num_classes} classes, the network {known}: set its num_classes to {num_classes}"
+        )

@@ -1,0 +1,323 @@
+"""OracleMonitor: the exact oracle beside any training run, on the minibatches that the run trains on anyway."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
+
+from fm_stages import plots
+from fm_stages.flow import Path
+from fm_stages.oracle import (
+    Curves,
+    DataBank,
+    Oracle,
+    StageProfile,
+    TimestepCurves,
+    Wiener,
+    decompose,
+    timestep_bins,
+)
+from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
+from fm_stages.training.held_out import HeldOut
+from fm_stages.training.loggers import log_figure, log_metrics, log_table, run_folder
+from fm_stages.training.report import closed, report
+
+QUANTITIES = ("regular", "gap", "floor", "residual", "top1", "ess", "zero", "wiener")
+
+ALARM = 5.0
+"""|z| of the identity's residual that two windows running must exceed to raise the alarm."""
+
+
+class OracleMonitor(L.Callback):
+    """Splits the regular loss into gap and floor by timestep while training goes on, and logs both by stage.
+
+    Works with any LightningModule whose ``training_step`` returns a dict with ``loss, x0, x1, x_t, t, prediction`` and,
+    where the network sees classes, ``labels`` after label dropout (-1 = null). ``index`` (row in the bank) is used
+    where it is there. Held-out batches are measured if ``validation_step`` returns the same, with ``prediction_ema``
+    for averaged weights.
+
+    The bank comes from ``datamodule.bank()`` and the path from ``module.path``, unless they are given.
+
+    Args:
+        every_n_steps: optimizer steps between measurements of a minibatch.
+        window: measurements that are accumulated before a line is logged.
+        num_bins: timestep bins, even in logit(t).
+        bank: the training set, if the datamodule does not say.
+        path: between noise and data, if the module does not say.
+        label_dropout: share of training samples that the network sees without a label; None: the module's attribute of
+            that name, or else the share in the first batch. It decides where the stages lie.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        window: int = 8,
+        num_bins: int = 18,
+        bank: DataBank | None = None,
+        path: Path | None = None,
+        label_dropout: float | None = None,
+    ) -> None:
+        if every_n_steps < 1 or window < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} and window={window} must be 1 or more")
+        timestep_bins(num_bins)  # refuses a bad number now
+        self.every_n_steps = every_n_steps
+        self.window = window
+        self.num_bins = num_bins
+        self.bank = bank
+        self.path = path
+        self.label_dropout = label_dropout
+        self.wiener: Wiener | None = None
+        self.profile: StageProfile | None = None
+        self.train: Curves | None = None
+        """Curves of the last window on training inputs (raw weights)."""
+        self.held_out: dict[str, Curves] = {}
+        """Curves of the last validation, by suffix: "" raw, "_ema" averaged weights."""
+        self._oracle: Oracle | None = None
+        self._sums: TimestepCurves | None = None
+        self._held_out_sums: HeldOut | None = None
+        self._checked = self._alarming = False
+        self._measured = self._last_step = 0
+        self._oracle_sec = self._window_start = 0.0
+
+    @property
+    def oracle(self) -> Oracle:
+        """The oracle of the training set, from `setup` on."""
+        assert self._oracle is not None
+        return self._oracle
+
+    # set-up ----------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find bank and path, before any training time is spent."""
+        path = self.path or getattr(pl_module, "path", None)
+        if not isinstance(path, Path):
+            raise ValueError(
+                f"OracleMonitor needs to know the path: {type(pl_module).__name__} has no attribute `path`; give "
+                "OracleMonitor(path=LinearPath()), or the path that x_t is made with"
+            )
+        datamodule = getattr(trainer, "datamodule", None)
+        if self.bank is None and not hasattr(datamodule, "bank"):
+            raise ValueError(
+                "OracleMonitor needs the training set: give the Trainer a datamodule with bank(), or "
+                "OracleMonitor(bank=DataBank(x1, labels))"
+            )
+        self._oracle = Oracle(self.bank if self.bank is not None else datamodule.bank(), path)
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, label_dropout: float) -> None:
+        """Measure the stages of the data and the linear reference, once."""
+        bank = self.oracle.bank.to(pl_module.device)
+        rank_zero_info(f"Oracle: {bank}, {bank.num_bytes / 2**20:.0f} MiB on {bank.device}. Measuring the stages ...")
+        start = time.perf_counter()
+        profile = StageProfile.measure(self.oracle, label_dropout) if trainer.is_global_zero else None
+        self.profile = trainer.strategy.broadcast(profile)  # one measurement, equal on all ranks to the last bit
+        try:
+            self.wiener = Wiener(bank, self.oracle.path)
+        except ValueError as error:
+            rank_zero_warn(f"No linear reference and so no `closed`: {error}.")
+        rank_zero_info(
+            f"Oracle: navigation ends at t = {self.profile.navigation_end:.3f}, boundary {self.profile.boundary:.3f}, "
+            f"refinement complete at {self.profile.refinement_complete:.3f} ({time.perf_counter() - start:.0f} s)."
+        )
+
+    def _known_label_dropout(self, pl_module: L.LightningModule) -> float | None:
+        if not self.oracle.bank.has_labels:
+            return 1.0
+        return self.label_dropout if self.label_dropout is not None else getattr(pl_module, "label_dropout", None)
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the bank's size and, where the share of unlabelled samples is known, measure the stages."""
+        check_num_rows(self.oracle, trainer)
+        self._last_step = trainer.global_step
+        self._checked = False
+        share = self._known_label_dropout(pl_module)
+        if self.profile is None and share is not None:
+            self._prepare(trainer, pl_module, share)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure the minibatch that was just trained on, every n-th optimizer step."""
+        if not self._checked:
+            self._begin(trainer, pl_module, outputs)
+        step = trainer.global_step
+        if step == self._last_step or step % self.every_n_steps:
+            return  # inside a step of accumulated gradients, or not this step's turn
+        self._last_step = step
+        start = _clock(pl_module.device)
+        seen = outputs_of(outputs, pl_module)
+        parts = decompose(
+            self.oracle,
+            seen["x0"],
+            seen["x1"],
+            seen["t"],
+            seen["prediction"],
+            seen.get("labels"),
+            seen.get("index"),
+            self.wiener,
+        )
+        assert self._sums is not None
+        self._sums.update(parts.t, **{name: getattr(parts, name) for name in QUANTITIES})
+        self._measured += 1
+        self._oracle_sec += _clock(pl_module.device) - start
+        if self._measured >= self.window:
+            self._log_window(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what an unfinished window holds, if there is nothing better, and say what the run found."""
+        if self._measured and self.train is None:
+            self._log_window(trainer, pl_module)
+        self._print_report(trainer)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any) -> None:
+        """Check the first batch against the bank, and open the first window."""
+        seen = outputs_of(outputs, pl_module)
+        self.oracle.bank.to(pl_module.device)
+        check_first_batch(self.oracle, seen)
+        self._checked = True
+        if self.profile is None:
+            labels = seen.get("labels")
+            share = 1.0 if labels is None else (labels == -1).float().mean()
+            share = float(trainer.strategy.reduce(torch.as_tensor(share, device=pl_module.device), reduce_op="mean"))
+            self._prepare(trainer, pl_module, share)
+        self._open_window(pl_module)
+
+    def _open_window(self, pl_module: L.LightningModule) -> None:
+        assert self.profile is not None
+        edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
+        self._sums = TimestepCurves(QUANTITIES, edges).to(pl_module.device)
+        self._measured = 0
+        self._oracle_sec = 0.0
+        self._window_start = time.perf_counter()
+
+    def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reduce over ranks, log scalars, table and figure, test the identity, and open a new window."""
+        start = _clock(pl_module.device)
+        assert self._sums is not None
+        self.train = self._sums.compute()  # on every rank: the sums are reduced
+        metrics = self._train_metrics(self.train)
+        metrics["oracle/share"] = self._oracle_sec / max(start - self._window_start, 1e-9)
+        timesteps = getattr(pl_module, "timesteps", None)
+        if hasattr(timesteps, "shift"):
+            metrics["stages/shift"] = timesteps.shift
+        log_metrics(trainer, metrics)
+        # for the progress bar, and for callbacks that watch a number
+        pl_module.log("oracle/gap", metrics["oracle/gap"], prog_bar=True, logger=False, rank_zero_only=False)
+        self._test_identity(metrics["oracle/identity_z"])
+        log_table(trainer, "oracle/gap_by_t", *self.train.table())
+        self._draw(trainer)
+        self._open_window(pl_module)
+        self._oracle_sec = _clock(pl_module.device) - start  # counts for the window that it delays
+
+    def _train_metrics(self, curves: Curves) -> dict[str, float]:
+        profile = self.profile
+        assert profile is not None
+        b = profile.boundary
+        return {
+            **{f"oracle/{name}": curves.average(name) for name in ("regular", "gap", "floor", "top1", "ess")},
+            "oracle/gap_sem": curves.average_sem("gap"),
+            "oracle/gap_navigation": curves.average("gap", 0, b),
+            "oracle/gap_refinement": curves.average("gap", b, 1),
+            "oracle/closed": closed(curves, b),
+            "oracle/identity_z": curves.z_score("residual"),
+            "oracle/coverage": curves.coverage(),
+            "stages/boundary": b,
+            "stages/navigation_end": profile.navigation_end,
+            "stages/refinement_complete": profile.refinement_complete,
+        }
+
+    def _test_identity(self, z: float) -> None:
+        """Warn when regular = gap + floor fails beyond chance in two windows running."""
+        alarming = abs(z) > ALARM
+        if alarming and self._alarming:
+            rank_zero_warn(
+                f"The identity regular = gap + floor is broken: z = {z:.1f}, two windows running. The bank is not the "
+                "distribution that the network trains on (another augmentation, coupling of noise and data, or "
+                "labels): do not trust gap and floor."
+            )
+        self._alarming = alarming
+
+    # held-out --------------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin new held-out curves."""
+        if trainer.sanity_checking:
+            return
+        if self.profile is None:  # `validate` without a fit
+            self._prepare(trainer, pl_module, self._known_label_dropout(pl_module) or 0.0)
+        assert self.profile is not None
+        edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
+        self._held_out_sums = HeldOut(edges, self.profile.boundary, pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a held-out batch; a module that returns nothing of use is left in peace."""
+        if self._held_out_sums is not None and isinstance(outputs, dict) and "prediction" in outputs:
+            self._held_out_sums.update(self.oracle, self.wiener, outputs_of(outputs, pl_module))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log held-out numbers, each with the suffix of its weights."""
+        if self._held_out_sums is None or self.profile is None:
+            return
+        self.held_out = self._held_out_sums.compute()
+        self._held_out_sums = None
+        b = self.profile.boundary
+        metrics = {}
+        for suffix, curves in self.held_out.items():
+            metrics[f"oracle_val/regular{suffix}"] = curves.average("regular")
+            metrics[f"oracle_val/regular_refinement{suffix}"] = curves.average("regular", b, 1)
+            metrics[f"oracle_val/gap_navigation{suffix}"] = curves.average("gap", 0, b)
+            metrics[f"oracle_val/closed{suffix}"] = closed(curves, b)
+            log_table(trainer, f"oracle_val/gap_by_t{suffix}", *curves.table())
+        log_metrics(trainer, metrics)
+        if trainer.state.fn == "validate":
+            self._print_report(trainer)
+
+    # what a person sees ----------------------------------------------------------------------------------------------
+
+    @rank_zero_only
+    def _draw(self, trainer: L.Trainer) -> None:
+        assert self.train is not None
+        assert self.profile is not None
+        held_out = self.held_out.get("")
+        title = f"step {trainer.global_step}, raw weights"
+        figure = plots.gap_by_t(
+            self.train.edges,
+            self.train.mean,
+            self.train.sem,
+            self.profile.boundary,
+            held_out.mean if held_out else None,
+            title,
+        )
+        log_figure(trainer, "oracle/gap_by_t", figure)
+
+    @rank_zero_only
+    def _print_report(self, trainer: L.Trainer) -> None:
+        if self.profile is None or (self.train is None and not self.held_out):
+            print(f"OracleMonitor measured nothing: the run ended before step {self.every_n_steps}.")
+            return
+        if self.train is not None:
+            self._draw(trainer)  # with the newest held-out curve
+        print("\n" + report(self.train, self.held_out, self.profile))
+        checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
+        print(f"\nFigures and tables: {run_folder(trainer)}" + (f"\nCheckpoints: {checkpoint}" if checkpoint else ""))
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, after the device has done what it was asked to: only measured steps wait."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,78 @@
+"""What a run found, in words that a newcomer understands."""
+
+from __future__ import annotations
+
+import math
+
+from fm_stages.oracle import Curves, StageProfile
+
+MEANING = {
+    "regular": "the loss that everybody logs: gap + floor",
+    "gap": "what a better model can still win",
+    "floor": "what no model can win: the data's own ambiguity",
+    "closed": "how far from the best linear model to the oracle",
+}
+
+
+def closed(curves: Curves, boundary: float, suffix: str = "") -> float:
+    """1 - gap / gap of the best linear model, on the same draws, before the boundary; NaN without that reference."""
+    return 1 - curves.average(f"gap{suffix}", 0, boundary) / curves.average("wiener", 0, boundary)
+
+
+def report(train: Curves | None, held_out: Curves | None, profile: StageProfile, weights: str = "raw") -> str:
+    """A short table: regular, gap, floor and closed by stage, on training and held-out inputs, and a sentence on each.
+
+    Args:
+        train: of training inputs (regular, gap, floor, wiener), or None if none were measured.
+        held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only), or None.
+        profile: says where the stages lie.
+        weights: which weights the numbers are of.
+
+    Returns:
+        Text of several lines.
+    """
+    b = profile.boundary
+    lines = [
+        f"Stages of this data: navigation t < {b:.3f} (the oracle mixes many samples), refinement after it "
+        "(the oracle is one sample).",
+        f"Numbers are means over uniform t, per value, of the {weights} weights.",
+        "",
+        f"{'':22}{'regular':>10}{'gap':>10}{'floor':>10}{'closed':>10}",
+    ]
+    for name, lo, hi in (("navigation", 0.0, b), ("refinement", b, 1.0), ("all t", 0.0, 1.0)):
+        if train is not None:
+            part = closed(train, b) if name == "navigation" else math.nan
+            values = [train.average(key, lo, hi) for key in ("regular", "gap", "floor")] + [part]
+            lines.append(_row(f"training, {name}", values))
+        if held_out is not None:
+            early = name == "navigation"  # past the boundary the oracle heads for another image: no gap to speak of
+            gap, part = (held_out.average("gap", lo, hi), closed(held_out, b)) if early else (math.nan, math.nan)
+            lines.append(_row(f"held-out, {name}", [held_out.average("regular", lo, hi), gap, math.nan, part]))
+    lines += ["", *(f"  {key:8} {text}" for key, text in MEANING.items())]
+    return "\n".join([*lines, "", *_sentences(train, held_out, profile)])
+
+
+def _row(name: str, values: list[float]) -> str:
+    cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values[:3]]
+    cells.append("" if math.isnan(values[3]) else f"{100 * values[3]:.0f} %")
+    return f"{name:22}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _sentences(train: Curves | None, held_out: Curves | None, profile: StageProfile) -> list[str]:
+    """One sentence for each stage."""
+    b = profile.boundary
+    sentences = []
+    if train is not None and not math.isnan(closed(train, b)):
+        share = f"{100 * closed(train, b):.0f} % of the way from the best linear model to the oracle"
+        floor, regular = train.average("floor", 0, b), train.average("regular", 0, b)
+        sentences.append(
+            f"navigation: {share}; {100 * floor / regular:.0f} % of its regular loss is floor, which no training removes."
+        )
+    if train is not None and held_out is not None:
+        ours, theirs = train.average("regular", b, 1), held_out.average("regular", b, 1)
+        sentences.append(
+            f"refinement: held-out regular loss {theirs:.4f} against {ours:.4f} in training "
+            f"({100 * (theirs / ours - 1):+.0f} %); here the held-out loss is the number to watch: a training loss that "
+            "falls while it rises is memorization."
+        )
+    return sentences

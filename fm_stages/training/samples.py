@@ -1,0 +1,70 @@
+"""A grid of generated images during training, from the same noise each time, of raw and EMA weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torchvision.utils import save_image
+
+from fm_stages.flow import sample
+from fm_stages.training.loggers import log_image, run_folder
+
+
+class SampleGrid(L.Callback):
+    """Draws images by Euler steps at intervals and at the end; writes ``<run>/samples/<weights>_<step>.png``.
+
+    Args:
+        every_n_steps: optimizer steps between grids; 0 = only at the end.
+        num_samples: images in a grid; classes take turns.
+        num_steps: solver steps.
+        seed: of the noise.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, num_samples: int = 64, num_steps: int = 50, seed: int = 0) -> None:
+        if every_n_steps < 0 or num_samples < 1 or num_steps < 1:
+            raise ValueError(
+                f"every_n_steps={every_n_steps} must be 0 or more, num_samples={num_samples} and "
+                f"num_steps={num_steps} 1 or more"
+            )
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.num_steps = num_steps
+        self.seed = seed
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw when it is time."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last grid."""
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # every rank draws the same grid: under sharding a network's forward is a collective
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        shape = trainer.datamodule.shape
+        classes = max(trainer.datamodule.num_classes, 1)
+        columns = min(classes, 10)
+        num = max(self.num_samples // columns, 1) * columns
+        labels = torch.arange(num, device=pl_module.device) % classes
+        for weights, network in (("raw", pl_module.network), ("ema", pl_module.network_ema)):
+            if network is None:
+                continue
+            training = network.training
+            network.eval()
+            with trainer.precision_plugin.forward_context():
+                images = sample(network, labels, shape, self.seed, self.num_steps)
+            network.train(training)
+            if trainer.is_global_zero:
+                path = run_folder(trainer) / "samples" / f"{weights}_{trainer.global_step:07d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1))
+                log_image(trainer, f"samples/{weights}", path)
