@@ -157,6 +157,11 @@ class ImageData(L.LightningDataModule):
         ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
         return self._loader(val, HeldOutSampler(val, self.val_batch_size, **ranks))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave positions on the CPU, where random draws are keyed: to read them back would wait for the device."""
+        position = batch.pop("position")
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "position": position}
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the data: the epoch, how many images of it (global) are done, and what fixes their order.
 

@@ -100,12 +100,6 @@ class FlowMatching(L.LightningModule):
         if self.target.oracle is not None:
             self.target.oracle.bank.to(self.device)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the places in the batch on the CPU, where the generators are keyed: reading them back would wait."""
-        position = batch.pop("position", None) if isinstance(batch, dict) else None
-        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return batch if position is None else {**batch, "position": position}
-
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Draw t, noise and label dropout; interpolate; predict; regress. Returns what callbacks need."""
         x1, labels, position, index = self._unpack(batch, batch_idx)

@@ -19,14 +19,13 @@ def closed(curves: Curves, boundary: float, suffix: str = "") -> float:
     return 1 - curves.average(f"gap{suffix}", 0, boundary) / curves.average("wiener", 0, boundary)
 
 
-def report(train: Curves | None, held_out: Curves | None, profile: StageProfile, weights: str = "raw") -> str:
+def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProfile) -> str:
     """A short table: regular, gap, floor and closed by stage, on training and held-out inputs, and a sentence on each.
 
     Args:
-        train: of training inputs (regular, gap, floor, wiener), or None if none were measured.
-        held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only), or None.
+        train: of training inputs (regular, gap, floor, wiener), raw weights; None if none were measured.
+        held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only) by the suffix of the weights.
         profile: says where the stages lie.
-        weights: which weights the numbers are of.
 
     Returns:
         Text of several lines.
@@ -35,35 +34,39 @@ def report(train: Curves | None, held_out: Curves | None, profile: StageProfile,
     lines = [
         f"Stages of this data: navigation t < {b:.3f} (the oracle mixes many samples), refinement after it "
         "(the oracle is one sample).",
-        f"Numbers are means over uniform t, per value, of the {weights} weights.",
+        "Numbers are means over uniform t, per value, of the raw weights unless a row says EMA.",
         "",
-        f"{'':22}{'regular':>10}{'gap':>10}{'floor':>10}{'closed':>10}",
+        f"{'':26}{'regular':>10}{'gap':>10}{'floor':>10}{'closed':>10}",
     ]
     for name, lo, hi in (("navigation", 0.0, b), ("refinement", b, 1.0), ("all t", 0.0, 1.0)):
         if train is not None:
             part = closed(train, b) if name == "navigation" else math.nan
             values = [train.average(key, lo, hi) for key in ("regular", "gap", "floor")] + [part]
             lines.append(_row(f"training, {name}", values))
-        if held_out is not None:
+        for suffix, curves in held_out.items():
             early = name == "navigation"  # past the boundary the oracle heads for another image: no gap to speak of
-            gap, part = (held_out.average("gap", lo, hi), closed(held_out, b)) if early else (math.nan, math.nan)
-            lines.append(_row(f"held-out, {name}", [held_out.average("regular", lo, hi), gap, math.nan, part]))
+            gap, part = (curves.average("gap", lo, hi), closed(curves, b)) if early else (math.nan, math.nan)
+            kind = f"held-out{suffix.replace('_ema', ' EMA')}, {name}"
+            lines.append(_row(kind, [curves.average("regular", lo, hi), gap, math.nan, part]))
     lines += ["", *(f"  {key:8} {text}" for key, text in MEANING.items())]
-    return "\n".join([*lines, "", *_sentences(train, held_out, profile)])
+    return "\n".join([*lines, "", *_sentences(train, held_out.get(""), profile)])
 
 
 def _row(name: str, values: list[float]) -> str:
     cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values[:3]]
     cells.append("" if math.isnan(values[3]) else f"{100 * values[3]:.0f} %")
-    return f"{name:22}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{name:26}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _sentences(train: Curves | None, held_out: Curves | None, profile: StageProfile) -> list[str]:
     """One sentence for each stage."""
     b = profile.boundary
     sentences = []
-    if train is not None and not math.isnan(closed(train, b)):
-        share = f"{100 * closed(train, b):.0f} % of the way from the best linear model to the oracle"
+    if train is not None and not math.isnan(share_closed := closed(train, b)):
+        share = f"{100 * share_closed:.0f} % of the way from the best linear model to the oracle"
+        if share_closed < 0:
+            gap, linear = train.average("gap", 0, b), train.average("wiener", 0, b)
+            share = f"not yet as good as the best linear model (gap {gap:.4f} against {linear:.4f})"
         floor, regular = train.average("floor", 0, b), train.average("regular", 0, b)
         sentences.append(
             f"navigation: {share}; {100 * floor / regular:.0f} % of its regular loss is floor, which no training removes."
