@@ -69,7 +69,7 @@ def _loss_parts(axes: Axes, t: list[float], mean: Mapping, held_out: Mapping | N
         top = max(top, *(v for v in held_out["regular"] if v == v))
     axes.set_ylim(0, 1.35 * top)
     axes.set_ylabel("mean squared error per value")
-    axes.set_title("what the loss is made of")
+    axes.set_title("what the loss is made of", pad=16)
     axes.legend(loc="upper left", fontsize=8)
 
 
@@ -88,7 +88,7 @@ def _gap_and_references(
                   label="held-out regular loss")  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylabel("distance to the oracle, squared, per value")
-    axes.set_title("gap to the oracle velocity (the oracle itself is 0)")
+    axes.set_title("gap to the oracle velocity (the oracle itself is 0)", pad=16)
     axes.legend(loc="best", fontsize=8)
 
 
@@ -97,4 +97,6 @@ def _stages(axes: Axes, boundary: float) -> None:
     axes.axvspan(0, boundary, color="0.93", zorder=-2)
     axes.axvline(boundary, color="0.4", lw=0.8)
     for x, name in ((boundary / 2, "navigation"), ((1 + boundary) / 2, "refinement")):
-        axes.text(x, 1.0, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.35")
+        axes.text(
+            x, 1.0, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.35"
+        )

@@ -73,7 +73,7 @@ class Path(ABC):
         return self._wronskian(t) / self.sigma(t)
 
     def velocity_from_mean(self, mean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity A_t m + B_t x_t that moves towards ``mean`` (B, ...); B_t = sigma' / sigma. Undefined at t = 1."""
+        """The velocity A_t m + B_t x_t towards ``mean`` (B, ...); B_t = sigma' / sigma. Undefined at t = 1."""
         towards = expand_time(self._wronskian(t), x_t) * mean + expand_time(self.d_sigma(t), x_t) * x_t
         return towards / expand_time(self.sigma(t), x_t)
 
@@ -109,7 +109,7 @@ class LinearPath(Path):
 
 
 class CosinePath(Path):
-    """Generalised variance preserving (GVP): alpha = sin(pi t / 2), sigma = cos(pi t / 2).  Source: arXiv 2401.08740."""
+    """Generalised variance preserving (GVP): sin(pi t / 2) and cos(pi t / 2).  Source: arXiv 2401.08740."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """See `Path`."""

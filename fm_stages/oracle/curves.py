@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ class Curves:
         return math.sqrt(sum((w * e) ** 2 for w, e in pairs)) / total if total else math.nan
 
     def z_score(self, name: str) -> float:
-        """Sum of a quantity over all samples, over the root of the sum of its squares: about N(0, 1) if its mean is 0."""
+        """Sum of a quantity over all samples over the root of its sum of squares: about N(0, 1) if the mean is 0."""
         total = square = 0.0
         for n, mean, sem in zip(self.count, self.mean[name], self.sem[name], strict=True):
             if n:
@@ -91,9 +93,11 @@ class Curves:
         ]
         return columns, rows
 
-    def to_dict(self) -> dict:
-        """Plain dictionary for JSON."""
-        return asdict(self)
+    def write_csv(self, path: Path) -> None:
+        """Write `table` as CSV."""
+        columns, rows = self.table()
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
 
     def _widths(self, lo: float, hi: float) -> list[float]:
         """Length of each bin inside [lo, hi] (K)."""
@@ -109,6 +113,9 @@ class TimestepCurves(Metric):
     """
 
     full_state_update = False
+    count: Tensor  # (K)
+    total: Tensor  # (K, Q)
+    square: Tensor  # (K, Q)
 
     def __init__(self, names: tuple[str, ...], edges: list[float]) -> None:
         super().__init__(compute_with_cache=False)

@@ -77,7 +77,8 @@ def decompose(
     """
     if prediction.shape != x1.shape or x0.shape != x1.shape:
         raise ValueError(
-            f"noise, data and prediction need one shape: {tuple(x0.shape)}, {tuple(x1.shape)}, {tuple(prediction.shape)}"
+            f"noise, data and prediction need one shape: they have {tuple(x0.shape)}, {tuple(x1.shape)} and "
+            f"{tuple(prediction.shape)}"
         )
     if index is not None:
         x1 = oracle.bank.rows(index)

@@ -101,9 +101,7 @@ class Oracle:
                     query = block[labels[block] == label]
                     parts.append((query, self._posterior(x_t[query].float().flatten(1), t[query], label)))
         order = torch.argsort(torch.cat([query for query, _ in parts]))
-        joined = {
-            f.name: torch.cat([getattr(part, f.name) for _, part in parts])[order] for f in fields(Posterior)
-        }
+        joined = {f.name: torch.cat([getattr(part, f.name) for _, part in parts])[order] for f in fields(Posterior)}
         joined["mean"] = joined["mean"].reshape(x_t.shape).to(x_t.dtype)
         return Posterior(**joined)
 
@@ -152,9 +150,13 @@ class Oracle:
 
     def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         if tuple(x_t.shape[1:]) != self.bank.shape or len(x_t) == 0:
-            raise ValueError(f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}")
+            raise ValueError(
+                f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}"
+            )
         if x_t.device != self.bank.device:
-            raise ValueError(f"the bank is on {self.bank.device}, the queries on {x_t.device}: move it with bank.to(...)")
+            raise ValueError(
+                f"the bank is on {self.bank.device}, the queries on {x_t.device}: move it with bank.to(...)"
+            )
         expand_time(t, x_t)
         check_time(t)
         if labels is None:

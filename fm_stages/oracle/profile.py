@@ -85,14 +85,19 @@ class StageProfile:
             return measured[time]["top1_median"]
 
         grid = torch.sigmoid(torch.linspace(-5, 5, num_times, dtype=torch.float64)).tolist()
-        ends = [_first_reaching(threshold, measure_at, grid) for threshold in THRESHOLDS]
+        navigation_end, boundary, complete = (_first_reaching(level, measure_at, grid) for level in THRESHOLDS)
         for time in grid:
             measure_at(time)
         times = sorted(measured)
         return cls(
-            *ends,
+            navigation_end=navigation_end,
+            boundary=boundary,
+            refinement_complete=complete,
             t=times,
-            **{name: [measured[time][name] for time in times] for name in ("top1", "top1_median", "ess", "floor")},
+            top1=[measured[time]["top1"] for time in times],
+            top1_median=[measured[time]["top1_median"] for time in times],
+            ess=[measured[time]["ess"] for time in times],
+            floor=[measured[time]["floor"] for time in times],
             num_rows=bank.num_rows,
             num_queries=num_queries,
             label_dropout=label_dropout,

@@ -2,8 +2,9 @@
 
 from fm_stages.training.checkpoints import Checkpoints, init_from, network_weights, read_checkpoint
 from fm_stages.training.config import CONFIG_KEY, TrainingCLI
+from fm_stages.training.held_out import HeldOut
 from fm_stages.training.module import FlowMatching
-from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.targets import ConditionalTarget, HybridTarget, OracleTarget, Target
@@ -11,9 +12,11 @@ from fm_stages.training.throughput import Throughput
 
 __all__ = [
     "CONFIG_KEY",
+    "QUANTITIES",
     "Checkpoints",
     "ConditionalTarget",
     "FlowMatching",
+    "HeldOut",
     "HybridTarget",
     "OracleMonitor",
     "OracleTarget",

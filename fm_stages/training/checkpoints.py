@@ -95,7 +95,9 @@ def init_from(network: nn.Module, path: str | Path) -> str:
         for k in own
         if k in weights and weights[k].shape != own[k].shape
     ]
-    wrong += [f"{k} missing there" for k in own if k not in weights] + [f"{k} unknown here" for k in weights if k not in own]
+    wrong += [f"{k} missing there" for k in own if k not in weights] + [
+        f"{k} unknown here" for k in weights if k not in own
+    ]
     if wrong:
         raise ValueError(f"{path} does not fit the network ({len(wrong)} weights differ), first: {wrong[0]}")
     network.load_state_dict(weights)

@@ -33,7 +33,7 @@ def outputs_of(outputs: Any, module: L.LightningModule) -> dict[str, Tensor]:
 
 def check_num_rows(oracle: Oracle, trainer: L.Trainer) -> None:
     """Refuse a bank that has not one row (or, with flips, two) for each training image."""
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     try:
         num_images = len(loader.dataset)
     except (AttributeError, TypeError):

@@ -1,27 +1,34 @@
-"""The command line of training: LightningCLI with the callbacks that every run has, and the config in the checkpoint."""
+"""The command line of training: LightningCLI with the callbacks of every run, and the config in the checkpoint."""
 
 from __future__ import annotations
 
-import sys
+import warnings
 from importlib.resources import files
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.training.checkpoints import Checkpoints, init_from
-from fm_stages.training.ema import frozen_twin
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.throughput import Throughput
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""
+
+HARMLESS = (
+    "The number of training batches",  # logging counts steps of the run, not of an epoch
+    "Found .* module.s. in eval mode",  # the frozen twin
+    "The '.*' does not have many workers",  # the images are in memory
+    "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning on new versions of torch
+)
+"""Warnings that say nothing to the person who reads the log of a run."""
 
 CONFIG_KEY = "fm_stages_config"
 """Where a checkpoint keeps the YAML of the run that made it."""
@@ -54,6 +61,8 @@ class TrainingCLI(LightningCLI):
     """``fit`` and ``validate``: model, data and trainer from YAML, on top of the package's defaults."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        for message in HARMLESS:
+            warnings.filterwarnings("ignore", message)
         defaults = {"default_config_files": [BASE], "exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             FlowMatching,
@@ -90,25 +99,34 @@ class TrainingCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Give wandb a folder and a mode that cannot block."""
+        """Give the logger the run's folder, and wandb a mode that cannot block."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        logger = config.trainer.logger
-        if getattr(logger, "class_path", None) == f"{WandbLogger.__module__}.{WandbLogger.__name__}" or (
-            getattr(logger, "class_path", "").endswith("WandbLogger")
-        ):
+        class_path = getattr(config.trainer.logger, "class_path", "")
+        if class_path.endswith("WandbLogger"):
             rank_zero_info(f"wandb: {choose_wandb_mode()}")
-            if logger.init_args.get("save_dir") in (None, "."):
-                logger.init_args.save_dir = config.trainer.default_root_dir
+        arguments = config.trainer.logger.init_args if class_path else {}
+        if "save_dir" in arguments and arguments["save_dir"] in (None, "."):
+            arguments["save_dir"] = config.trainer.default_root_dir
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer, with one progress bar for the run in place of one for each epoch."""
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[L.Callback] = vars(trainer)["callbacks"]
+        callbacks[:] = [StepProgressBar() if type(c) is TQDMProgressBar else c for c in callbacks]
+        return trainer
 
     def before_fit(self) -> None:
         """Load the weights that --init-from names."""
-        source = self.config[self.subcommand].get("init_from")
-        if source:
-            rank_zero_info(init_from(self.model.network, source))
-            if self.model.network_ema is not None:
-                self.model.network_ema = frozen_twin(self.model.network)
+        config = self.config[self.subcommand]
+        if not config.init_from:
+            return
+        if config.ckpt_path:
+            raise ValueError("--init-from starts anew from weights, --ckpt_path resumes a run: give one of them")
+        rank_zero_info(init_from(self.model.network, config.init_from))
+        if self.model.network_ema is not None:
+            self.model.network_ema.load_state_dict(self.model.network.state_dict())
 
-
-def main() -> None:
-    """Run ``fm-stages fit`` or ``fm-stages validate`` with the arguments of this process."""
-    TrainingCLI(args=sys.argv[1:])
+    def before_validate(self) -> None:
+        """Validation measures the checkpoint that --ckpt_path names."""
+        if self.config[self.subcommand].init_from:
+            raise ValueError("--init-from is for fit; name the checkpoint to validate with --ckpt_path")

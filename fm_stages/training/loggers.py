@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
@@ -15,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
 from fm_stages import plots
+from fm_stages.oracle import Curves
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -30,15 +29,15 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 @rank_zero_only
-def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table: to wandb under ``name``, and as ``<run>/<name>_<step>.csv``."""
+def log_curves(trainer: L.Trainer, name: str, curves: Curves) -> None:
+    """Curves as a table: to wandb under ``name``, and as ``<run>/<name>_<step>.csv``."""
     path = run_folder(trainer) / f"{name}_{trainer.global_step:07d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+    curves.write_csv(path)
+    columns, rows = curves.table()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=trainer.global_step)
+            logger.log_table(name, columns=columns, data=rows, step=trainer.global_step)
 
 
 @rank_zero_only

@@ -88,7 +88,7 @@ class FlowMatching(L.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         _check_data(self.network, datamodule)
         if stage == "fit" and self.target.needs_oracle and self.target.oracle is None:
-            if not hasattr(datamodule, "bank"):
+            if datamodule is None or not hasattr(datamodule, "bank"):
                 raise ValueError(
                     f"{type(self.target).__name__} needs the training set's bank: give the Trainer a datamodule with "
                     "bank(), or choose fm_stages.training.ConditionalTarget"

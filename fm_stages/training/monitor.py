@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import Tensor
 
 from fm_stages import plots
 from fm_stages.flow import Path
@@ -24,7 +23,7 @@ from fm_stages.oracle import (
 )
 from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
 from fm_stages.training.held_out import HeldOut
-from fm_stages.training.loggers import log_figure, log_metrics, log_table, run_folder
+from fm_stages.training.loggers import log_curves, log_figure, log_metrics, run_folder
 from fm_stages.training.report import closed, report
 
 QUANTITIES = ("regular", "gap", "floor", "residual", "top1", "ess", "zero", "wiener")
@@ -101,27 +100,31 @@ class OracleMonitor(L.Callback):
                 "OracleMonitor(path=LinearPath()), or the path that x_t is made with"
             )
         datamodule = getattr(trainer, "datamodule", None)
-        if self.bank is None and not hasattr(datamodule, "bank"):
-            raise ValueError(
-                "OracleMonitor needs the training set: give the Trainer a datamodule with bank(), or "
-                "OracleMonitor(bank=DataBank(x1, labels))"
-            )
-        self._oracle = Oracle(self.bank if self.bank is not None else datamodule.bank(), path)
+        bank = self.bank
+        if bank is None:
+            if datamodule is None or not hasattr(datamodule, "bank"):
+                raise ValueError(
+                    "OracleMonitor needs the training set: give the Trainer a datamodule with bank(), or "
+                    "OracleMonitor(bank=DataBank(x1, labels))"
+                )
+            bank = datamodule.bank()
+        self._oracle = Oracle(bank, path)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, label_dropout: float) -> None:
         """Measure the stages of the data and the linear reference, once."""
         bank = self.oracle.bank.to(pl_module.device)
-        rank_zero_info(f"Oracle: {bank}, {bank.num_bytes / 2**20:.0f} MiB on {bank.device}. Measuring the stages ...")
+        rank_zero_info(f"Oracle: {bank}, {bank.num_bytes / 2**20:.1f} MiB on {bank.device}. Measuring the stages ...")
         start = time.perf_counter()
-        profile = StageProfile.measure(self.oracle, label_dropout) if trainer.is_global_zero else None
-        self.profile = trainer.strategy.broadcast(profile)  # one measurement, equal on all ranks to the last bit
+        measured = StageProfile.measure(self.oracle, label_dropout) if trainer.is_global_zero else None
+        profile: Any = trainer.strategy.broadcast(measured)  # one measurement, equal on all ranks to the last bit
+        self.profile = profile
         try:
             self.wiener = Wiener(bank, self.oracle.path)
         except ValueError as error:
             rank_zero_warn(f"No linear reference and so no `closed`: {error}.")
         rank_zero_info(
-            f"Oracle: navigation ends at t = {self.profile.navigation_end:.3f}, boundary {self.profile.boundary:.3f}, "
-            f"refinement complete at {self.profile.refinement_complete:.3f} ({time.perf_counter() - start:.0f} s)."
+            f"Oracle: navigation ends at t = {profile.navigation_end:.3f}, boundary {profile.boundary:.3f}, "
+            f"refinement complete at {profile.refinement_complete:.3f} ({time.perf_counter() - start:.0f} s)."
         )
 
     def _known_label_dropout(self, pl_module: L.LightningModule) -> float | None:
@@ -203,14 +206,14 @@ class OracleMonitor(L.Callback):
         self.train = self._sums.compute()  # on every rank: the sums are reduced
         metrics = self._train_metrics(self.train)
         metrics["oracle/share"] = self._oracle_sec / max(start - self._window_start, 1e-9)
-        timesteps = getattr(pl_module, "timesteps", None)
-        if hasattr(timesteps, "shift"):
-            metrics["stages/shift"] = timesteps.shift
+        shift = getattr(getattr(pl_module, "timesteps", None), "shift", None)
+        if shift is not None:
+            metrics["stages/shift"] = shift
         log_metrics(trainer, metrics)
         # for the progress bar, and for callbacks that watch a number
         pl_module.log("oracle/gap", metrics["oracle/gap"], prog_bar=True, logger=False, rank_zero_only=False)
         self._test_identity(metrics["oracle/identity_z"])
-        log_table(trainer, "oracle/gap_by_t", *self.train.table())
+        log_curves(trainer, "oracle/gap_by_t", self.train)
         self._draw(trainer)
         self._open_window(pl_module)
         self._oracle_sec = _clock(pl_module.device) - start  # counts for the window that it delays
@@ -281,7 +284,7 @@ class OracleMonitor(L.Callback):
             metrics[f"oracle_val/regular_refinement{suffix}"] = curves.average("regular", b, 1)
             metrics[f"oracle_val/gap_navigation{suffix}"] = curves.average("gap", 0, b)
             metrics[f"oracle_val/closed{suffix}"] = closed(curves, b)
-            log_table(trainer, f"oracle_val/gap_by_t{suffix}", *curves.table())
+            log_curves(trainer, f"oracle_val/gap_by_t{suffix}", curves)
         log_metrics(trainer, metrics)
         if trainer.state.fn == "validate":
             self._print_report(trainer)

@@ -19,13 +19,14 @@ def closed(curves: Curves, boundary: float, suffix: str = "") -> float:
     return 1 - curves.average(f"gap{suffix}", 0, boundary) / curves.average("wiener", 0, boundary)
 
 
-def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProfile) -> str:
+def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProfile, weights: str = "raw") -> str:
     """A short table: regular, gap, floor and closed by stage, on training and held-out inputs, and a sentence on each.
 
     Args:
-        train: of training inputs (regular, gap, floor, wiener), raw weights; None if none were measured.
+        train: of training inputs (regular, gap, floor, wiener); None if none were measured.
         held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only) by the suffix of the weights.
         profile: says where the stages lie.
+        weights: which weights the numbers without a suffix are of.
 
     Returns:
         Text of several lines.
@@ -34,7 +35,7 @@ def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProf
     lines = [
         f"Stages of this data: navigation t < {b:.3f} (the oracle mixes many samples), refinement after it "
         "(the oracle is one sample).",
-        "Numbers are means over uniform t, per value, of the raw weights unless a row says EMA.",
+        f"Numbers are means over uniform t, per value, of the {weights} weights unless a row says otherwise.",
         "",
         f"{'':26}{'regular':>10}{'gap':>10}{'floor':>10}{'closed':>10}",
     ]
@@ -69,13 +70,14 @@ def _sentences(train: Curves | None, held_out: Curves | None, profile: StageProf
             share = f"not yet as good as the best linear model (gap {gap:.4f} against {linear:.4f})"
         floor, regular = train.average("floor", 0, b), train.average("regular", 0, b)
         sentences.append(
-            f"navigation: {share}; {100 * floor / regular:.0f} % of its regular loss is floor, which no training removes."
+            f"navigation: {share}; {100 * floor / regular:.0f} % of its regular loss is floor, which no training "
+            "removes."
         )
     if train is not None and held_out is not None:
         ours, theirs = train.average("regular", b, 1), held_out.average("regular", b, 1)
         sentences.append(
             f"refinement: held-out regular loss {theirs:.4f} against {ours:.4f} in training "
-            f"({100 * (theirs / ours - 1):+.0f} %); here the held-out loss is the number to watch: a training loss that "
-            "falls while it rises is memorization."
+            f"({100 * (theirs / ours - 1):+.0f} %); here the held-out loss is the number to watch: a training "
+            "loss that falls while it rises is memorization."
         )
     return sentences

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 from torchvision.utils import save_image
 
 from fm_stages.flow import sample
@@ -50,18 +51,18 @@ class SampleGrid(L.Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        shape = trainer.datamodule.shape
-        classes = max(trainer.datamodule.num_classes, 1)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        classes = max(data.num_classes, 1)
         columns = min(classes, 10)
         num = max(self.num_samples // columns, 1) * columns
         labels = torch.arange(num, device=pl_module.device) % classes
         for weights, network in (("raw", pl_module.network), ("ema", pl_module.network_ema)):
-            if network is None:
+            if not isinstance(network, nn.Module):
                 continue
             training = network.training
             network.eval()
             with trainer.precision_plugin.forward_context():
-                images = sample(network, labels, shape, self.seed, self.num_steps)
+                images = sample(network, labels, data.shape, self.seed, self.num_steps)
             network.train(training)
             if trainer.is_global_zero:
                 path = run_folder(trainer) / "samples" / f"{weights}_{trainer.global_step:07d}.png"

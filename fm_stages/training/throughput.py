@@ -33,7 +33,8 @@ class Throughput(L.Callback):
     def _reset(self) -> None:
         self._images = 0
         self._busy_sec = self._waiting_sec = 0.0
-        self._began = self._ended = None
+        self._began = 0.0
+        self._ended: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start counting."""
@@ -44,7 +45,9 @@ class Throughput(L.Callback):
         """Forget when the last batch ended: what follows is not waiting for data."""
         self._ended = None
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """The batch is here."""
         self._began = time.perf_counter()
         if self._ended is not None:
