@@ -57,7 +57,8 @@ def main() -> None:
     except Exception as error:
         if not _is_input_error(error):
             raise
-        print(f"fm-stages: {_config_files(arguments)}{error}", file=sys.stderr)
+        message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"fm-stages: {_config_files(arguments)}{message}", file=sys.stderr)
         sys.exit(2)
 
 

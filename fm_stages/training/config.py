@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from importlib.resources import files
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.training.checkpoints import Checkpoints, init_from
+from fm_stages.training.checkpoints import Checkpoints, init_from, read_checkpoint
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
@@ -30,6 +31,9 @@ HARMLESS = (
 )
 """Warnings that say nothing to the person who reads the log of a run."""
 
+KEYWORDS = ("last", "best", "hpc")
+"""Values of --ckpt_path that Lightning looks up itself."""
+
 CONFIG_KEY = "fm_stages_config"
 """Where a checkpoint keeps the YAML of the run that made it."""
 
@@ -43,6 +47,13 @@ class RunConfig(SaveConfigCallback):
     @property
     def _yaml(self) -> str:
         return self.parser.dump(self.config, skip_none=False)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing is written yet: other set-ups may still find mistakes."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the configuration."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called on rank 0 as the run starts."""
@@ -63,6 +74,10 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)
+        # an advertisement, in every run
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+            lambda r: "litlogger" not in r.getMessage()
+        )
         defaults = {"default_config_files": [BASE], "exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             FlowMatching,
@@ -116,8 +131,10 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Load the weights that --init-from names."""
+        """Find mistakes before a logger or a folder is made; load the weights that --init-from names."""
         config = self.config[self.subcommand]
+        self._check()
+        self.datamodule.train_dataloader()  # refuses a batch size that does not fit the data
         if not config.init_from:
             return
         if config.ckpt_path:
@@ -130,3 +147,12 @@ class TrainingCLI(LightningCLI):
         """Validation measures the checkpoint that --ckpt_path names."""
         if self.config[self.subcommand].init_from:
             raise ValueError("--init-from is for fit; name the checkpoint to validate with --ckpt_path")
+        self._check()
+
+    def _check(self) -> None:
+        """Data that can be read and fit the network; a checkpoint that can be read."""
+        path = self.config[self.subcommand].ckpt_path
+        if path and path not in KEYWORDS:
+            read_checkpoint(path)
+        self.datamodule.setup()
+        self.model.check_data(self.datamodule)

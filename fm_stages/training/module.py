@@ -83,16 +83,24 @@ class FlowMatching(L.LightningModule):
         if compile:
             self.network.compile()  # in place: torch.compile(network) would rename every weight
 
+    def check_data(self, datamodule: Any) -> None:
+        """Refuse data that the network was not built for, and a target that needs a bank where there is none.
+
+        Raises:
+            ValueError: with both values and the remedy.
+        """
+        _check_network(self.network, datamodule)
+        if self.target.needs_oracle and self.target.oracle is None and not hasattr(datamodule, "bank"):
+            raise ValueError(
+                f"{type(self.target).__name__} needs the training set's bank: give the Trainer a datamodule with "
+                "bank(), or choose fm_stages.training.ConditionalTarget"
+            )
+
     def setup(self, stage: str) -> None:
-        """Check that network and data fit, and that a target that needs the bank finds one."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        _check_data(self.network, datamodule)
+        """Check the data, and hand the bank's oracle to a target that needs it."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        self.check_data(datamodule)
         if stage == "fit" and self.target.needs_oracle and self.target.oracle is None:
-            if datamodule is None or not hasattr(datamodule, "bank"):
-                raise ValueError(
-                    f"{type(self.target).__name__} needs the training set's bank: give the Trainer a datamodule with "
-                    "bank(), or choose fm_stages.training.ConditionalTarget"
-                )
             self.target.attach(Oracle(datamodule.bank(), self.path))
 
     def on_fit_start(self) -> None:
@@ -182,7 +190,7 @@ class FlowMatching(L.LightningModule):
         return x1, labels, position, batch.get("index")
 
 
-def _check_data(network: nn.Module, datamodule: Any) -> None:
+def _check_network(network: nn.Module, datamodule: Any) -> None:
     """Refuse a network that was built for other images or fewer classes than the data has."""
     shape, num_classes = getattr(datamodule, "shape", None), getattr(datamodule, "num_classes", None)
     built = tuple(getattr(network, name, None) for name in ("in_channels", "input_size", "input_size"))
