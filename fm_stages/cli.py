@@ -55,21 +55,29 @@ def main() -> None:
     try:
         COMMANDS[arguments[0]][1]()
     except Exception as error:
-        if not _is_input_error(error):
+        found = _input_error(error)
+        if found is None:
             raise
-        message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        message = "; ".join(line.strip() for line in str(found).splitlines() if line.strip()).replace(":;", ":")
         print(f"fm-stages: {_config_files(arguments)}{message}", file=sys.stderr)
         sys.exit(2)
 
 
-def _is_input_error(error: Exception) -> bool:
-    """Whether a person's input is at fault: the parser says so, or this package raised on purpose."""
-    if type(error).__name__ in ("ArgumentError", "MisconfigurationException"):
-        return True
-    frames = list(traceback.walk_tb(error.__traceback__))
+def _input_error(error: BaseException | None) -> BaseException | None:
+    """The error, or its cause, that a person's input is to blame for; None if there is no such error.
+
+    The parser says so, or this package raised on purpose: then its message names the value and the remedy.
+    """
     ours = str(Path(__file__).parent)
-    raised_here = frames[-1][0].f_code.co_filename.startswith(ours)
-    return raised_here and isinstance(error, (ValueError, FileNotFoundError, TypeError))
+    parsing = None
+    while error is not None:
+        raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
+        if raised_in.startswith(ours) and isinstance(error, (ValueError, FileNotFoundError, TypeError)):
+            return error
+        if type(error).__name__ in ("ArgumentError", "MisconfigurationException") or "jsonargparse" in raised_in:
+            parsing = parsing or error
+        error = error.__cause__
+    return parsing
 
 
 def _config_files(arguments: list[str]) -> str:

@@ -135,6 +135,10 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         self._check()
         self.datamodule.train_dataloader()  # refuses a batch size that does not fit the data
+        try:
+            self.model.configure_optimizers()
+        except ValueError as error:
+            raise ValueError(f"the optimizer refuses its arguments: {error}") from error
         if not config.init_from:
             return
         if config.ckpt_path:
