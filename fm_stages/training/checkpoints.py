@@ -21,12 +21,18 @@ class Checkpoints(ModelCheckpoint):
         monitor: number that decides which is best; the smallest is.
         save_top_k: how many of the best to keep.
         every_n_train_steps: steps between checkpoints; None = at each validation.
+        dirpath: the folder, if another one.
     """
 
     def __init__(
-        self, monitor: str | None = "val/loss", save_top_k: int = 1, every_n_train_steps: int | None = None
+        self,
+        monitor: str | None = "val/loss",
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+        dirpath: str | None = None,
     ) -> None:
         super().__init__(
+            dirpath=dirpath,
             monitor=monitor,
             save_top_k=save_top_k,
             every_n_train_steps=every_n_train_steps,
@@ -39,8 +45,13 @@ class Checkpoints(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fix the folder: a new one for each start would lose sight of the last checkpoint."""
-        self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        self.dirpath = self.dirpath or checkpoint_folder(trainer.default_root_dir)
         super().setup(trainer, pl_module, stage)
+
+
+def checkpoint_folder(run_folder: str) -> str:
+    """Where a run's checkpoints go."""
+    return str(Path(run_folder).absolute() / "checkpoints")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

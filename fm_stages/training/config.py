@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.training.checkpoints import Checkpoints, init_from, read_checkpoint
+from fm_stages.training.checkpoints import Checkpoints, checkpoint_folder, init_from, read_checkpoint
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
@@ -116,6 +116,8 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the logger the run's folder, and wandb a mode that cannot block."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        # known before the Trainer looks for `--ckpt_path last`, which is before any callback's set-up
+        config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
         class_path = getattr(config.trainer.logger, "class_path", "")
         if class_path.endswith("WandbLogger"):
             rank_zero_info(f"wandb: {choose_wandb_mode()}")
