@@ -67,5 +67,8 @@ class SampleGrid(L.Callback):
             if trainer.is_global_zero:
                 path = run_folder(trainer) / "samples" / f"{weights}_{trainer.global_step:07d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
+                images = images.repeat_interleave(zoom := max(1, 32 // images.shape[-1]), -1).repeat_interleave(
+                    zoom, -2
+                )
                 save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1))
                 log_image(trainer, f"samples/{weights}", path)
