@@ -23,6 +23,9 @@ from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_column
 MAX_QUERIES = 1024
 """Queries per pass; more are taken in turn, so that working memory does not grow with the batch either."""
 
+MAX_QUERY_VALUES = 2**22
+"""Values of the queries in one pass, whose float64 copies take 32 MiB each."""
+
 LEAST_LOGIT = -40.0
 """Floor of a logit relative to the peak. Weights below e^-40 = 4e-18 would be lost in float32 sums anyway, and a
 product with denormal numbers is 200 times slower on a CPU."""
@@ -96,7 +99,8 @@ class Oracle:
         labels = self._check(x_t, t, labels)
         parts = []
         with full_precision(x_t.device):
-            for block in torch.arange(len(x_t), device=x_t.device).split(MAX_QUERIES):
+            size = max(1, min(MAX_QUERIES, MAX_QUERY_VALUES // self.bank.num_dims))
+            for block in torch.arange(len(x_t), device=x_t.device).split(size):
                 for label in torch.unique(labels[block]).tolist():
                     query = block[labels[block] == label]
                     parts.append((query, self._posterior(x_t[query].float().flatten(1), t[query], label)))

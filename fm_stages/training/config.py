@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -106,7 +106,6 @@ class TrainingCLI(LightningCLI):
             (SampleGrid, "samples"),
             (Throughput, "throughput"),
             (Checkpoints, "checkpoints"),
-            (LearningRateMonitor, "learning_rate"),
         ):
             parser.add_lightning_class_args(callback, section)
         parser.add_argument(

@@ -117,6 +117,7 @@ class FlowMatching(L.LightningModule):
         target = self.target(self.path, x0, x1, t, labels, index)
         loss = (self.weighting(t) * (prediction - target).square().flatten(1).mean(1)).mean()
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(t))
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(t))
         seen = {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "prediction": prediction.detach(), "labels": labels}
         return {"loss": loss, **seen, **({} if index is None else {"index": index})}
 
