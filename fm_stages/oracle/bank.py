@@ -12,7 +12,7 @@ from torch import Tensor
 NUM_EXTRA = 4
 """Columns kept behind each row's pixels: what lets one matrix product yield logits and sums at once."""
 
-_NEVER = -1e4
+_NEVER = -1e30
 """Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern."""
 
 
@@ -43,10 +43,11 @@ class DataBank:
         self.num_rows = x1.shape[0]
         self.shape = tuple(x1.shape[1:])
         self.num_dims = x1[0].numel()
-        flat = x1.reshape(self.num_rows, -1).float()
+        flat = x1.reshape(self.num_rows, -1).float().contiguous()
 
         unique = _distinct_rows(flat, labels)
-        self.mean = flat.mean(0, dtype=torch.float64)  # (D,), over all N rows
+        # (D,) over all N rows; by pieces, like all that is done in float64, which never holds a second bank
+        self.mean = torch.stack([piece.double().sum(0) for piece in flat.split(8192)]).sum(0) / self.num_rows
         self._row_of = unique.row_of.to(x1.device)  # (N,), data set index -> stored row
         self._labels = None if labels is None else labels[unique.first].contiguous()  # (M,), sorted
         self._slices = _slices(self._labels)
@@ -56,7 +57,7 @@ class DataBank:
         """Rows [x, ||x - mean||^2, 1, log count in the class, log count in the whole bank], one per distinct row."""
         dims = self.num_dims
         table = torch.empty(len(unique.first), dims + NUM_EXTRA, device=flat.device)
-        for start in range(0, len(table), 8192):  # by pieces, so that float64 never holds a second bank
+        for start in range(0, len(table), 8192):
             piece = flat[unique.first[start : start + 8192].to(flat.device)]
             table[start : start + 8192, :dims] = piece
             table[start : start + 8192, dims] = (piece.double() - self.mean).square().sum(1).float()
@@ -172,7 +173,7 @@ def _check(x1: Tensor, labels: Tensor | None) -> None:
     if not x1.is_floating_point():
         raise ValueError(f"the bank holds what the network sees, as floating point; x1 is {x1.dtype}: preprocess it")
     for start in range(0, x1.shape[0], 8192):
-        finite = torch.isfinite(x1[start : start + 8192]).flatten(1).all(1)
+        finite = torch.isfinite(x1[start : start + 8192].float()).flatten(1).all(1)
         if not bool(finite.all()):
             row = start + int((~finite).nonzero()[0])
             raise ValueError(f"row {row} of the bank holds NaN or infinity: find out what preprocessing made it")

@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_column
@@ -56,13 +58,17 @@ class Posterior:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products in float32: no autocast, no TF32 or bf16 in disguise. Restores what it found."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # by backend: torch.set_float32_matmul_precision fails where someone has set one of these
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class Oracle:
@@ -109,6 +115,7 @@ class Oracle:
         joined["mean"] = joined["mean"].reshape(x_t.shape).to(x_t.dtype)
         return Posterior(**joined)
 
+    @torch.no_grad()
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Oracle velocity u*(x_t, t): (B, ...), in the dtype of x_t. Arguments as in `posterior`.
 
@@ -116,11 +123,12 @@ class Oracle:
             ValueError: also where sigma(t) = 0: u* is undefined there, so a solver's last step should start earlier.
         """
         check_time(t)
+        wide, t = x_t.float(), t.float()
         if bool((self.path.sigma(t) == 0).any()):
             raise ValueError("the oracle velocity is undefined at t = 1: let the time grid end with an Euler step")
-        wide = x_t.float()
-        return self.path.velocity_from_mean(self.posterior(wide, t, labels).mean, wide, t.float()).to(x_t.dtype)
+        return self.path.velocity_from_mean(self.posterior(wide, t, labels).mean, wide, t).to(x_t.dtype)
 
+    @torch.no_grad()
     def target(
         self, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
@@ -144,10 +152,10 @@ class Oracle:
 
     def target_from_mean(self, mean: Tensor, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """u* = u_cond + A_t (mean - x1): free of the cancellation that A_t mean + B_t x_t has near t = 1."""
-        away = mean - x1
+        away = mean.double() - x1
         # A_t is infinite at t = 1; where the posterior has collapsed on x1 there is nothing to scale
-        scale = expand_time(self.path.mean_coefficient(t.double()).float(), x1)
-        return self.path.velocity(x0, x1, t) + torch.where(away == 0, 0.0, scale * away)
+        scale = expand_time(self.path.mean_coefficient(t.double()), x1)
+        return self.path.velocity(x0, x1, t) + torch.where(away == 0, 0.0, scale * away).float()
 
     def __deepcopy__(self, memo: dict) -> Oracle:
         return self
@@ -257,7 +265,8 @@ class _Sums:
     def add(self, queries: Tensor | slice, logits: Tensor, piece: Tensor) -> None:
         """Add a piece (C, D + NUM_EXTRA) with logits (B, C), which are overwritten, for some of the queries."""
         logits.sub_(self.peak[queries]).clamp_(min=LEAST_LOGIT)
-        weights = torch.exp(logits)
+        # what was clamped weighs exactly nothing: near t = 1 a collapsed mean must be its row to the last bit
+        weights = threshold(torch.exp(logits), 1.001 * math.exp(LEAST_LOGIT), 0.0, inplace=True)
         self.depth[queries] += torch.linalg.vecdot(weights, logits)
         self.square[queries] += torch.linalg.vecdot(weights, weights)
         if isinstance(queries, slice):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fm_stages.flow import Path
 from fm_stages.oracle.bank import DataBank
-from fm_stages.oracle.exact import full_precision
 
 MAX_DIMS = 8192
 """Largest D whose covariance (D x D, float64) is decomposed: 512 MiB and some minutes on a CPU."""
@@ -34,18 +33,17 @@ class Wiener:
         if bank.num_dims > MAX_DIMS:
             raise ValueError(f"the Wiener reference decomposes a D x D covariance: D = {bank.num_dims} > {MAX_DIMS}")
         self.path = path
-        self._centre = bank.mean.float()  # (D,)
-        values, vectors = torch.linalg.eigh(bank.covariance())
-        self._values = values.clamp(min=0)  # (D,) float64; rounding leaves tiny negative ones
-        self._vectors = vectors.float()  # (D, D)
+        self._centre = bank.mean  # (D,) float64, like all that follows
+        values, self._vectors = torch.linalg.eigh(bank.covariance())  # (D,), (D, D)
+        self._values = values.clamp(min=0)  # rounding leaves tiny negative ones
 
     @torch.no_grad()
     def mean(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Best linear estimate of the data given x_t (B, ...) at t (B,): (B, ...), float32."""
+        """Best linear estimate of the data given x_t (B, ...) at t (B,): (B, ...), float64, for A_t multiplies it."""
         a, s = self.path.alpha(t.double())[:, None], self.path.sigma(t.double())[:, None]
         # where both a directionless eigenvalue and s are 0 the estimate is the mean
-        gain = (a * self._values / (a**2 * self._values + s**2).clamp(min=1e-30)).float()  # (B, D)
-        with full_precision(x_t.device):
-            centred = x_t.float().flatten(1) - a.float() * self._centre
+        gain = a * self._values / (a**2 * self._values + s**2).clamp(min=1e-30)  # (B, D)
+        with torch.autocast(x_t.device.type, enabled=False):
+            centred = x_t.double().flatten(1) - a * self._centre
             estimate = self._centre + ((centred @ self._vectors) * gain) @ self._vectors.T
         return estimate.reshape(x_t.shape)

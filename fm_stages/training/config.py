@@ -8,7 +8,6 @@ from importlib.resources import files
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -124,12 +123,13 @@ class TrainingCLI(LightningCLI):
         if "save_dir" in arguments and arguments["save_dir"] in (None, "."):
             arguments["save_dir"] = config.trainer.default_root_dir
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer, with one progress bar for the run in place of one for each epoch."""
-        trainer = super().instantiate_trainer(**kwargs)
-        callbacks: list[L.Callback] = vars(trainer)["callbacks"]
-        callbacks[:] = [StepProgressBar() if type(c) is TQDMProgressBar else c for c in callbacks]
-        return trainer
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """The Trainer; with one progress bar for the run, and checkpoints and bar only where they are wanted."""
+        if config.get("enable_checkpointing") is False:
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
+        if config.get("enable_progress_bar") is not False:
+            callbacks = [*callbacks, StepProgressBar()]
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
         """Find mistakes before a logger or a folder is made; load the weights that --init-from names."""

@@ -216,7 +216,8 @@ class OracleMonitor(L.Callback):
         log_curves(trainer, "oracle/gap_by_t", self.train)
         self._draw(trainer)
         self._open_window(pl_module)
-        self._oracle_sec = _clock(pl_module.device) - start  # counts for the window that it delays
+        # what was just spent on logging counts for the window that it delays
+        self._window_start, self._oracle_sec = start, _clock(pl_module.device) - start
 
     def _train_metrics(self, curves: Curves) -> dict[str, float]:
         profile = self.profile
