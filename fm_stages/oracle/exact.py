@@ -58,17 +58,23 @@ class Posterior:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products in float32: no autocast, no TF32 or bf16 in disguise. Restores what it found."""
-    # by backend: torch.set_float32_matmul_precision fails where someone has set one of these
+    # torch has an older setting and newer ones by backend; products on CUDA fail while the two contradict each other
     backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    newer = [backend.fp32_precision for backend in backends]
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # someone has set the newer ones only
+        older = None
+    torch.set_float32_matmul_precision("highest")  # the newer ones follow
+    try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, newer, strict=True):
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 class Oracle:
