@@ -45,6 +45,7 @@ class DataBank:
         self.num_dims = x1[0].numel()
         flat = x1.reshape(self.num_rows, -1).float().contiguous()
 
+        self.max_norm = max(float(piece.norm(dim=1).max()) for piece in flat.split(8192))
         unique = _distinct_rows(flat, labels)
         # (D,) over all N rows; by pieces, like all that is done in float64, which never holds a second bank
         self.mean = torch.stack([piece.double().sum(0) for piece in flat.split(8192)]).sum(0) / self.num_rows

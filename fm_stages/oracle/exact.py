@@ -21,6 +21,7 @@ from torch.nn.functional import threshold
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_column
+from fm_stages.oracle.rescoring import COARSE, rescore, rounding_error
 
 MAX_QUERIES = 1024
 """Queries per pass; more are taken in turn, so that working memory does not grow with the batch either."""
@@ -188,15 +189,22 @@ class Oracle:
 
     def _posterior(self, x_t: Tensor, t: Tensor, label: int) -> Posterior:
         """Posterior of queries (B, D) float32 that share a label."""
-        sums = _stream(self._queries(x_t, t, label), self.bank, self.bank.slice_of(label))
+        query = self._queries(x_t, t, label)
+        sums, in_question = _stream(query, self.bank, self.bank.slice_of(label), rounding_error(query, self.bank))
         mean = sums.rows / sums.weight
-        return Posterior(
+        posterior = Posterior(
             mean=mean,
             top1=1 / sums.weight[:, 0],
             ess=sums.weight[:, 0].square() / sums.square,
             entropy=(sums.weight[:, 0].log() - sums.depth / sums.weight[:, 0]).clamp(min=0),
             variance=self._variance(sums, mean, x_t, t, label).float().clamp(min=0),
         )
+        if in_question is not None:
+            again = in_question[0].unique()
+            better = rescore(self.bank, x_t, *self._coefficients(t), label, in_question)
+            for name, value in better.items():
+                getattr(posterior, name)[again] = value[again]
+        return posterior
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (B, 1) in float64, from the times as they were given."""
@@ -219,9 +227,9 @@ class Oracle:
     def _variance(self, sums: _Sums, mean: Tensor, x_t: Tensor, t: Tensor, label: int) -> Tensor:
         """Sum of g_i ||x_i - m||^2: (B,) float64, without subtracting numbers much larger than the result.
 
-        Centred at the bank's mean while a < s. From there on centred at the best row r, through
-        ||x_i - x_r||^2 = 2 (s/a)^2 (l_r - l_i) + (2/a) (x_t - a x_r) . (x_i - x_r), where l are the logits: every term
-        vanishes with the other rows' weights, as it must where A_t^2 multiplies the variance.
+        Centred at the bank's mean while a < s; from there on at the best row r, with l the logits and
+        ||x_i - x_r||^2 = 2 (s/a)^2 (l_r - l_i) + (2/a) (x_t - a x_r) . (x_i - x_r): every term vanishes with the other
+        rows' weights, as it must where A_t^2 multiplies the variance.
         """
         a, s = self._coefficients(t)
         mean, weight = mean.double(), sums.weight.double()
@@ -281,8 +289,12 @@ class _Sums:
             self.total[queries] += weights @ piece
 
 
-def _stream(query: Tensor, bank: DataBank, rows: slice) -> _Sums:
-    """One pass over the bank's rows: logits, online softmax and weighted sums, for queries (B, D + NUM_EXTRA)."""
+def _stream(query: Tensor, bank: DataBank, rows: slice, error: Tensor) -> tuple[_Sums, tuple[Tensor, Tensor] | None]:
+    """One pass over the bank's rows: logits, online softmax and weighted sums, for queries (B, D + NUM_EXTRA).
+
+    Where the rounding ``error`` (B, 1) of a query's logits matters, the rows that may hold some of its mass come back
+    as pairs (P,), (P,) of query and stored row.
+    """
     num = len(query)
     sums = _Sums(
         peak=torch.full((num, 1), -1e38, device=query.device),
@@ -295,6 +307,9 @@ def _stream(query: Tensor, bank: DataBank, rows: slice) -> _Sums:
     negligible = math.log(rows.stop - rows.start) + 18
     # about the size of the caches: the logits of a piece are read several times
     elements = 2**20 if query.device.type == "cpu" else 2**25
+    margin = negligible + 2 * error
+    coarse = (error > COARSE)[:, 0]
+    in_question = []
     for start, piece in bank.chunks(rows, max(512, elements // num)):
         logits = query @ piece.T  # (B, C)
         peak = logits.amax(1, keepdim=True)
@@ -302,9 +317,15 @@ def _stream(query: Tensor, bank: DataBank, rows: slice) -> _Sums:
         if len(better):
             sums.best[better] = start + logits[better].argmax(1)
             sums.raise_peak(torch.maximum(sums.peak, peak))
-        active = (peak >= sums.peak - negligible)[:, 0].nonzero()[:, 0]
+        active = (peak >= sums.peak - margin)[:, 0].nonzero()[:, 0]
+        if len(doubtful := active[coarse[active]]):
+            near = (logits[doubtful] >= (sums.peak - margin)[doubtful]).nonzero()
+            in_question.append((doubtful[near[:, 0]], near[:, 1] + start))
         if len(active) == num:
             sums.add(slice(None), logits, piece)
         elif len(active):
             sums.add(active, logits[active], piece)
-    return sums
+    if not in_question:
+        return sums, None
+    queries, stored = (torch.cat(column) for column in zip(*in_question, strict=True))
+    return sums, (queries, stored)
