@@ -71,10 +71,15 @@ def _input_error(error: BaseException | None) -> BaseException | None:
     ours = str(Path(__file__).parent)
     parsing = None
     while error is not None:
-        raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
-        if raised_in.startswith(ours) and isinstance(error, (ValueError, FileNotFoundError, TypeError)):
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # once training runs an error is a defect and its traceback is wanted, unless the first batch was refused
+        running = any(Path(file).name == "fit_loop.py" for file in files) and Path(files[-1]).name != "checks.py"
+        if files[-1].startswith(ours) and isinstance(error, (ValueError, FileNotFoundError, TypeError)) and not running:
             return error
-        if type(error).__name__ in ("ArgumentError", "MisconfigurationException") or "jsonargparse" in raised_in:
+        by_parser = (
+            type(error).__name__ in ("ArgumentError", "MisconfigurationException") or "jsonargparse" in files[-1]
+        )
+        if by_parser and not running:
             parsing = parsing or error
         error = error.__cause__
     return parsing

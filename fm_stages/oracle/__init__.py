@@ -2,10 +2,10 @@
 
 from fm_stages.oracle.bank import DataBank
 from fm_stages.oracle.curves import Curves, TimestepCurves, timestep_bins
-from fm_stages.oracle.decompose import Decomposition, decompose
+from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.profile import StageProfile
-from fm_stages.oracle.wiener import Wiener
+from fm_stages.oracle.wiener import Wiener, linear_reference
 
 __all__ = [
     "Curves",
@@ -17,5 +17,7 @@ __all__ = [
     "TimestepCurves",
     "Wiener",
     "decompose",
+    "linear_reference",
+    "mean_square",
     "timestep_bins",
 ]

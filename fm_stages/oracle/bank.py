@@ -83,6 +83,11 @@ class DataBank:
         return self._labels is not None
 
     @property
+    def classes(self) -> list[int]:
+        """The labels that occur, in order; empty without labels."""
+        return list(self._slices)
+
+    @property
     def label_counts(self) -> dict[int, int]:
         """Number of training rows of each label, in order; empty without labels."""
         counts = self._table[:, self.num_dims + 2].exp().round().long()
@@ -110,7 +115,7 @@ class DataBank:
         if not self.has_labels:
             raise ValueError(f"label {label} was asked for, but the bank has no labels: build it with labels=")
         if label not in self._slices:
-            known = list(self._slices)
+            known = self.classes
             raise ValueError(
                 f"no row of the bank has label {label} (labels run from {known[0]} to {known[-1]}); "
                 "an unconditional row is marked by -1, not by a null class's number"

@@ -76,10 +76,9 @@ class Curves:
                 square += n * mean**2 + (n * (n - 1) * sem**2 if n > 1 else 0.0)
         return total / math.sqrt(square) if square else math.nan
 
-    def coverage(self, lo: float = 0.0, hi: float = 1.0) -> float:
-        """Share of [lo, hi] that lies in bins with samples."""
-        widths = self._widths(lo, hi)
-        return sum(w for w, n in zip(widths, self.count, strict=True) if n) / sum(widths) if any(widths) else 0.0
+    def coverage(self) -> float:
+        """Share of [0, 1] that lies in bins with samples."""
+        return sum(w for w, n in zip(self._widths(0, 1), self.count, strict=True) if n)
 
     def table(self) -> tuple[list[str], list[list[float]]]:
         """Columns and rows, one row per bin."""

@@ -92,21 +92,21 @@ def decompose(
     scale = path.mean_coefficient(t.double())
     linear = torch.full_like(t, torch.nan)
     if wiener is not None:
-        linear = _mean_square(oracle.target_from_mean(wiener.mean(x_t, t), x0, x1, t) - best)
+        linear = mean_square(oracle.target_from_mean(wiener.mean(x_t, t), x0, x1, t) - best)
     return Decomposition(
         t=t,
-        regular=_mean_square(prediction - conditional),
-        gap=_mean_square(prediction - best),
+        regular=mean_square(prediction - conditional),
+        gap=mean_square(prediction - best),
         # where the variance is 0 the floor is 0, also at t = 1 where the scale is infinite
         floor=torch.where(posterior.variance == 0, 0.0, scale**2 * posterior.variance / oracle.bank.num_dims).float(),
         residual=2 * ((prediction - best) * (best - conditional)).flatten(1).mean(1),
         top1=posterior.top1,
         ess=posterior.ess,
-        zero=_mean_square(best),
+        zero=mean_square(best),
         wiener=linear,
     )
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of squares over all but the batch: (B, ...) -> (B,)."""
     return x.flatten(1).square().mean(1)

@@ -6,6 +6,8 @@ second moments. Shapes: B queries, D values per row.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,15 @@ from fm_stages.oracle.bank import DataBank
 
 MAX_DIMS = 8192
 """Largest D whose covariance (D x D, float64) is decomposed: 512 MiB and some minutes on a CPU."""
+
+
+def linear_reference(bank: DataBank, path: Path) -> Wiener | None:
+    """The Wiener reference, or None with a warning where the rows are too long for one."""
+    try:
+        return Wiener(bank, path)
+    except ValueError as error:
+        warnings.warn(f"No linear reference and so no `closed`: {error}.", stacklevel=2)
+        return None
 
 
 class Wiener:

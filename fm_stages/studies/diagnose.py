@@ -25,8 +25,8 @@ from fm_stages.oracle import (
     Oracle,
     StageProfile,
     TimestepCurves,
-    Wiener,
     decompose,
+    linear_reference,
     timestep_bins,
 )
 from fm_stages.training import (
@@ -59,12 +59,12 @@ def diagnose(
     network.eval()
     oracle = Oracle(data.bank().to(device), module.path)
     profile = StageProfile.measure(oracle, module.label_dropout, seed=seed)
-    wiener = Wiener(oracle.bank, oracle.path)
+    wiener = linear_reference(oracle.bank, oracle.path)
     edges = timestep_bins(boundary=profile.boundary)
     train = TimestepCurves(QUANTITIES, edges).to(device)
     held_out = HeldOut(edges, profile.boundary, device)
     for split, loader in (("training", data.train_dataloader()), ("held-out", data.val_dataloader())):
-        num = min(num_samples, data.num_train if split == "training" else data.num_val)
+        num = min(num_samples, data.num_val if split == "held-out" else len(loader) * data.batch_size)
         for batch in _batches(loader, split, num):
             seen = _predict(module, network, batch, split, num, seed, device)
             if split == "held-out":

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from fm_stages.training.loggers import is_trial
+
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 """The weight whose shape depends on the number of classes."""
 
@@ -47,6 +49,11 @@ class Checkpoints(ModelCheckpoint):
         """Fix the folder: a new one for each start would lose sight of the last checkpoint."""
         self.dirpath = self.dirpath or checkpoint_folder(trainer.default_root_dir)
         super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let last.ckpt be the last step, also of a run that ends between two checkpoints."""
+        if not is_trial(trainer) and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def checkpoint_folder(run_folder: str) -> str:

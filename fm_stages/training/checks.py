@@ -39,7 +39,7 @@ def check_num_rows(oracle: Oracle, trainer: L.Trainer) -> None:
     except (AttributeError, TypeError):
         return  # an endless or nested loader has no length to compare with; the first batch is still looked up
     flip = getattr(getattr(trainer, "datamodule", None), "flip", None)
-    views = {None: (1, 2), False: (1,), True: (2,)}[flip]
+    views = (1,) if flip is False else (2,) if flip is True else (1, 2)
     expected = [num_images * v for v in views]
     if oracle.bank.num_rows not in expected:
         wanted = " or ".join(map(str, expected))
@@ -70,6 +70,7 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
             f"{x1.mean():.3f}, std {x1.std():.3f}; bank: mean {bank.mean.mean():.3f}. Use the same normalisation and "
             "no random augmentation but flips that the bank holds as rows"
         )
+    _check_index(oracle, seen, tolerance)
     if labels is None or bool((labels == -1).all()):
         return
     if not bank.has_labels:
@@ -86,6 +87,24 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
         raise ValueError(
             f"{len(wrong)} of {len(x1)} rows of the first training batch carry another label in the bank (the module "
             f"reports {int(labels[wrong[0]])} for one of them): both must number the classes alike"
+        )
+
+
+def _check_index(oracle: Oracle, seen: dict[str, Tensor], tolerance: float) -> None:
+    """The rows that the module names must be its data: the oracle reads x1 from them."""
+    index = seen.get("index")
+    if index is None:
+        return
+    if int(index.min()) < 0 or int(index.max()) >= oracle.bank.num_rows:
+        raise ValueError(
+            f"the module reports index from {int(index.min())} to {int(index.max())}, the bank has "
+            f"{oracle.bank.num_rows} rows: report the row in the bank, or no index"
+        )
+    wrong = (oracle.bank.rows(index) - seen["x1"]).flatten(1).norm(dim=1) > tolerance
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{int(wrong.sum())} of {len(index)} rows that the module names by index are other rows of the bank: "
+            "report the row in the bank (of a flipped image the row of its flip), or no index"
         )
 
 

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fm_stages.data import ImageData
 from fm_stages.training.checkpoints import Checkpoints, checkpoint_folder, init_from, read_checkpoint
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
@@ -116,12 +117,14 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         # known before the Trainer looks for `--ckpt_path last`, which is before any callback's set-up
         config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
-        class_path = getattr(config.trainer.logger, "class_path", "")
-        if class_path.endswith("WandbLogger"):
-            rank_zero_info(f"wandb: {choose_wandb_mode()}")
-        arguments = config.trainer.logger.init_args if class_path else {}
-        if "save_dir" in arguments and arguments["save_dir"] in (None, "."):
-            arguments["save_dir"] = config.trainer.default_root_dir
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            class_path = getattr(logger, "class_path", "")
+            if class_path.endswith("WandbLogger"):
+                rank_zero_info(f"wandb: {choose_wandb_mode()}")
+            arguments = logger.init_args if class_path else {}
+            if "save_dir" in arguments and arguments["save_dir"] in (None, "."):
+                arguments["save_dir"] = config.trainer.default_root_dir
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """The Trainer; with one progress bar for the run, and checkpoints and bar only where they are wanted."""
@@ -135,7 +138,8 @@ class TrainingCLI(LightningCLI):
         """Find mistakes before a logger or a folder is made; load the weights that --init-from names."""
         config = self.config[self.subcommand]
         self._check()
-        self.datamodule.train_dataloader()  # refuses a batch size that does not fit the data
+        if isinstance(self.datamodule, ImageData):
+            self.datamodule.train_dataloader()  # refuses a batch size that does not fit the data
         try:
             self.model.configure_optimizers()
         except ValueError as error:
@@ -159,5 +163,6 @@ class TrainingCLI(LightningCLI):
         path = self.config[self.subcommand].ckpt_path
         if path and path not in KEYWORDS:
             read_checkpoint(path)
-        self.datamodule.setup()
+        self.datamodule.prepare_data()
+        self.datamodule.setup(self.subcommand)
         self.model.check_data(self.datamodule)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fm_stages.oracle import Curves, Oracle, TimestepCurves, Wiener
+from fm_stages.oracle import Curves, Oracle, TimestepCurves, Wiener, mean_square
 
 SUFFIXES = ("", "_ema")
 """Of the names of numbers: raw and averaged weights."""
@@ -31,6 +31,9 @@ class HeldOut:
 
     def update(self, oracle: Oracle, wiener: Wiener | None, seen: dict[str, Tensor]) -> None:
         """Add a held-out batch, as `fm_stages.training.checks.outputs_of` returns it."""
+        if "labels" in seen and oracle.bank.has_labels:  # of a class that was never trained on there is no oracle
+            known = torch.isin(seen["labels"], torch.tensor([-1, *oracle.bank.classes], device=seen["t"].device))
+            seen = {name: x[known] for name, x in seen.items()}
         x0, x1, t = seen["x0"], seen["x1"], seen["t"]
         conditional = oracle.path.velocity(x0, x1, t)
         early = (t < self.boundary).nonzero()[:, 0]
@@ -50,16 +53,11 @@ class HeldOut:
             self._seen.add(suffix)
             self._sums[suffix].update(
                 t,
-                regular=_mean_square(prediction - conditional),
-                gap=_mean_square(prediction - best),
-                wiener=_mean_square(linear - best),
+                regular=mean_square(prediction - conditional),
+                gap=mean_square(prediction - best),
+                wiener=mean_square(linear - best),
             )
 
     def compute(self) -> dict[str, Curves]:
         """Curves by suffix, reduced over ranks: every rank calls this."""
         return {suffix: self._sums[suffix].compute() for suffix in SUFFIXES if suffix in self._seen}
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
-    return x.flatten(1).square().mean(1)

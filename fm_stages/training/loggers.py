@@ -21,28 +21,42 @@ def run_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
+def is_trial(trainer: L.Trainer) -> bool:
+    """Whether this is a fast_dev_run, which must not write over a real run's files."""
+    return bool(vars(trainer).get("fast_dev_run"))
+
+
+def current_step(trainer: L.Trainer) -> int:
+    """The step that the weights are of; in ``validate`` the checkpoint's."""
+    return trainer.global_step or getattr(trainer.lightning_module, "loaded_step", 0)
+
+
 @rank_zero_only
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     """Scalars, at once: `LightningModule.log` would drop those of steps that the Trainer does not log."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.log_metrics(dict(metrics), step=current_step(trainer))
 
 
 @rank_zero_only
 def log_curves(trainer: L.Trainer, name: str, curves: Curves) -> None:
     """Curves as a table: to wandb under ``name``, and as ``<run>/<name>_<step>.csv``."""
-    path = run_folder(trainer) / f"{name}_{trainer.global_step:07d}.csv"
+    if is_trial(trainer):
+        return
+    path = run_folder(trainer) / f"{name}_{current_step(trainer):07d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     curves.write_csv(path)
     columns, rows = curves.table()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table(name, columns=columns, data=rows, step=trainer.global_step)
+            logger.log_table(name, columns=columns, data=rows, step=current_step(trainer))
 
 
 @rank_zero_only
 def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
     """A figure: to wandb under ``<name>_figure`` (one key holds one kind), and as ``<run>/<name>.png``, the newest."""
+    if is_trial(trainer):
+        return
     path = plots.save(figure, run_folder(trainer) / f"{name}.png")
     log_image(trainer, f"{name}_figure", path)
 
@@ -52,7 +66,7 @@ def log_image(trainer: L.Trainer, name: str, path: Path) -> None:
     """A picture file, to wandb."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path)], step=trainer.global_step)
+            logger.log_image(name, [str(path)], step=current_step(trainer))
 
 
 def choose_wandb_mode(host: str = "api.wandb.ai", timeout_sec: float = 2.0) -> str:

@@ -78,6 +78,7 @@ class FlowMatching(L.LightningModule):
         self.label_dropout = label_dropout
         self.ema_decay = ema_decay
         self.seed = seed
+        self.loaded_step = 0
         self.val_loss = MeanMetric()
         self.val_loss_ema = MeanMetric()
         if compile:
@@ -89,7 +90,7 @@ class FlowMatching(L.LightningModule):
         Raises:
             ValueError: with both values and the remedy.
         """
-        _check_network(self.network, datamodule)
+        _check_network(self.network, datamodule, labels_seen=self.label_dropout < 1)
         if self.target.needs_oracle and self.target.oracle is None and not hasattr(datamodule, "bank"):
             raise ValueError(
                 f"{type(self.target).__name__} needs the training set's bank: give the Trainer a datamodule with "
@@ -98,10 +99,18 @@ class FlowMatching(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data, and hand the bank's oracle to a target that needs it."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision} would round data and noise: use bf16-mixed or 32-true"
+            )
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self.check_data(datamodule)
-        if stage == "fit" and self.target.needs_oracle and self.target.oracle is None:
-            self.target.attach(Oracle(datamodule.bank(), self.path))
+        if stage == "fit" and self.target.needs_oracle and hasattr(datamodule, "bank"):
+            self.target.attach(Oracle(datamodule.bank(), self.path))  # anew in a second fit: the data may be other data
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember which step the weights are of: Lightning forgets it in ``validate``."""
+        self.loaded_step = int(checkpoint.get("global_step", 0))
 
     def on_fit_start(self) -> None:
         """Bring the bank to where the queries will be."""
@@ -124,7 +133,7 @@ class FlowMatching(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Regular loss at uniform t on held-out data, of raw and EMA weights; noise and t are fixed per image."""
         x1, labels, position, _ = self._unpack(batch, batch_idx)
-        t = self._fixed_times(position)
+        t = self._fixed_times(position).to(x1.device)
         x0 = keyed_normal(("val noise", self.seed), position, tuple(x1.shape[1:])).to(x1)
         labels = self._drop_labels(labels, ("val labels", self.seed), position)
         x_t = self.path.interpolate(x0, x1, t)
@@ -173,12 +182,12 @@ class FlowMatching(L.LightningModule):
     def _fixed_times(self, position: Tensor) -> Tensor:
         """One fixed time for each held-out image (B,): even over (0, 1) for any prefix of the set."""
         u = ((position.double() + 0.5) * GOLDEN) % 1.0
-        return u.float().clamp(max=self.path.max_time)
+        return u.float().clamp(max=self.path.max_time)  # on the positions' device
 
     def _unpack(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Images, labels (-1 without), places in the global batch and, where known, rows in the bank."""
         if not isinstance(batch, dict):
-            x1, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
+            x1, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
             batch = {"x1": x1, "labels": labels}
         x1 = batch["x1"]
         labels, position = batch.get("labels"), batch.get("position")
@@ -191,7 +200,7 @@ class FlowMatching(L.LightningModule):
         return x1, labels, position, batch.get("index")
 
 
-def _check_network(network: nn.Module, datamodule: Any) -> None:
+def _check_network(network: nn.Module, datamodule: Any, labels_seen: bool) -> None:
     """Refuse a network that was built for other images or fewer classes than the data has."""
     shape, num_classes = getattr(datamodule, "shape", None), getattr(datamodule, "num_classes", None)
     built = tuple(getattr(network, name, None) for name in ("in_channels", "input_size", "input_size"))
@@ -201,7 +210,8 @@ def _check_network(network: nn.Module, datamodule: Any) -> None:
             "and input_size"
         )
     known = getattr(network, "num_classes", None)
-    if num_classes is not None and known and known < num_classes:
+    if labels_seen and num_classes is not None and known is not None and known < num_classes:
         raise ValueError(
-            f"the data has {num_classes} classes, the network {known}: set its num_classes to {num_classes}"
+            f"the data has {num_classes} classes, the network {known}: set its num_classes to {num_classes} (or "
+            "label_dropout to 1, for a network that sees no labels)"
         )

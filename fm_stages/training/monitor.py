@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
 
 from fm_stages import plots
 from fm_stages.flow import Path
@@ -19,6 +20,7 @@ from fm_stages.oracle import (
     TimestepCurves,
     Wiener,
     decompose,
+    linear_reference,
     timestep_bins,
 )
 from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
@@ -79,8 +81,8 @@ class OracleMonitor(L.Callback):
         self._oracle: Oracle | None = None
         self._sums: TimestepCurves | None = None
         self._held_out_sums: HeldOut | None = None
-        self._checked = self._alarming = False
-        self._measured = self._last_step = 0
+        self._checked = self._alarming = self._measuring = False
+        self._measured = self._last_step = self._logged_step = 0
         self._oracle_sec = self._window_start = 0.0
 
     @property
@@ -108,6 +110,8 @@ class OracleMonitor(L.Callback):
                     "OracleMonitor(bank=DataBank(x1, labels))"
                 )
             bank = datamodule.bank()
+        if self._oracle is None or self._oracle.bank is not bank or self._oracle.path is not path:
+            self.profile = self.wiener = None  # of other data
         self._oracle = Oracle(bank, path)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, label_dropout: float) -> None:
@@ -118,30 +122,30 @@ class OracleMonitor(L.Callback):
         measured = StageProfile.measure(self.oracle, label_dropout) if trainer.is_global_zero else None
         profile: Any = trainer.strategy.broadcast(measured)  # one measurement, equal on all ranks to the last bit
         self.profile = profile
-        try:
-            self.wiener = Wiener(bank, self.oracle.path)
-        except ValueError as error:
-            rank_zero_warn(f"No linear reference and so no `closed`: {error}.")
+        self.wiener = linear_reference(bank, self.oracle.path)
         rank_zero_info(
             f"Oracle: navigation ends at t = {profile.navigation_end:.3f}, boundary {profile.boundary:.3f}, "
             f"refinement complete at {profile.refinement_complete:.3f} ({time.perf_counter() - start:.0f} s)."
         )
 
-    def _known_label_dropout(self, pl_module: L.LightningModule) -> float | None:
-        if not self.oracle.bank.has_labels:
+    def _label_dropout(self, trainer: L.Trainer, pl_module: L.LightningModule, labels: Tensor | None) -> float:
+        """Share of samples without label: 1 if a batch (B,) has none, else what was said, else the batch's share."""
+        share = 1.0 if labels is None else (labels == -1).float().mean()
+        seen = float(trainer.strategy.reduce(torch.as_tensor(share, device=pl_module.device), reduce_op="mean"))
+        if seen == 1.0 or not self.oracle.bank.has_labels:
             return 1.0
-        return self.label_dropout if self.label_dropout is not None else getattr(pl_module, "label_dropout", None)
+        said = self.label_dropout if self.label_dropout is not None else getattr(pl_module, "label_dropout", None)
+        return seen if said is None else said
 
     # training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the bank's size and, where the share of unlabelled samples is known, measure the stages."""
+        """Check the bank's size, and forget an earlier fit."""
         check_num_rows(self.oracle, trainer)
         self._last_step = trainer.global_step
-        self._checked = False
-        share = self._known_label_dropout(pl_module)
-        if self.profile is None and share is not None:
-            self._prepare(trainer, pl_module, share)
+        self._checked = self._alarming = False
+        self._measured = 0
+        self.train, self.held_out = None, {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,7 +174,9 @@ class OracleMonitor(L.Callback):
         self._measured += 1
         self._oracle_sec += _clock(pl_module.device) - start
         if self._measured >= self.window:
-            self._log_window(trainer, pl_module)
+            gap = self._log_window(trainer, pl_module)
+            # for the progress bar, and for callbacks that watch a number
+            pl_module.log("oracle/gap", gap, prog_bar=True, logger=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what an unfinished window holds, if there is nothing better, and say what the run found."""
@@ -184,10 +190,8 @@ class OracleMonitor(L.Callback):
         self.oracle.bank.to(pl_module.device)
         check_first_batch(self.oracle, seen)
         self._checked = True
-        if self.profile is None:
-            labels = seen.get("labels")
-            share = 1.0 if labels is None else (labels == -1).float().mean()
-            share = float(trainer.strategy.reduce(torch.as_tensor(share, device=pl_module.device), reduce_op="mean"))
+        share = self._label_dropout(trainer, pl_module, seen.get("labels"))
+        if self.profile is None or self.profile.label_dropout != share:
             self._prepare(trainer, pl_module, share)
         self._open_window(pl_module)
 
@@ -199,8 +203,8 @@ class OracleMonitor(L.Callback):
         self._oracle_sec = 0.0
         self._window_start = time.perf_counter()
 
-    def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reduce over ranks, log scalars, table and figure, test the identity, and open a new window."""
+    def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+        """Reduce over ranks, log scalars, table and figure, test the identity, open a new window; returns the gap."""
         start = _clock(pl_module.device)
         assert self._sums is not None
         self.train = self._sums.compute()  # on every rank: the sums are reduced
@@ -210,14 +214,14 @@ class OracleMonitor(L.Callback):
         if shift is not None:
             metrics["stages/shift"] = shift
         log_metrics(trainer, metrics)
-        # for the progress bar, and for callbacks that watch a number
-        pl_module.log("oracle/gap", metrics["oracle/gap"], prog_bar=True, logger=False, rank_zero_only=False)
         self._test_identity(metrics["oracle/identity_z"])
         log_curves(trainer, "oracle/gap_by_t", self.train)
         self._draw(trainer)
         self._open_window(pl_module)
         # what was just spent on logging counts for the window that it delays
         self._window_start, self._oracle_sec = start, _clock(pl_module.device) - start
+        self._logged_step = trainer.global_step
+        return metrics["oracle/gap"]
 
     def _train_metrics(self, curves: Curves) -> dict[str, float]:
         profile = self.profile
@@ -251,13 +255,8 @@ class OracleMonitor(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin new held-out curves."""
-        if trainer.sanity_checking:
-            return
-        if self.profile is None:  # `validate` without a fit
-            self._prepare(trainer, pl_module, self._known_label_dropout(pl_module) or 0.0)
-        assert self.profile is not None
-        edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
-        self._held_out_sums = HeldOut(edges, self.profile.boundary, pl_module.device)
+        self._held_out_sums = None
+        self._measuring = not trainer.sanity_checking
 
     def on_validation_batch_end(
         self,
@@ -269,8 +268,16 @@ class OracleMonitor(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a held-out batch; a module that returns nothing of use is left in peace."""
-        if self._held_out_sums is not None and isinstance(outputs, dict) and "prediction" in outputs:
-            self._held_out_sums.update(self.oracle, self.wiener, outputs_of(outputs, pl_module))
+        if not self._measuring or not isinstance(outputs, dict) or "prediction" not in outputs:
+            return
+        seen = outputs_of(outputs, pl_module)
+        if self.profile is None:  # `validate` without a fit
+            self._prepare(trainer, pl_module, self._label_dropout(trainer, pl_module, seen.get("labels")))
+        assert self.profile is not None
+        if self._held_out_sums is None:
+            edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
+            self._held_out_sums = HeldOut(edges, self.profile.boundary, pl_module.device)
+        self._held_out_sums.update(self.oracle, self.wiener, seen)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log held-out numbers, each with the suffix of its weights."""
@@ -316,6 +323,8 @@ class OracleMonitor(L.Callback):
         if self.train is not None:
             self._draw(trainer)  # with the newest held-out curve
         print("\n" + report(self.train, self.held_out, self.profile))
+        if self.train is not None:
+            print(f"\nTraining rows: mean of the last window of measurements, which ended at step {self._logged_step}.")
         checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
         print(f"\nFigures and tables: {run_folder(trainer)}" + (f"\nCheckpoints: {checkpoint}" if checkpoint else ""))
 

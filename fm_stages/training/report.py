@@ -14,9 +14,9 @@ MEANING = {
 }
 
 
-def closed(curves: Curves, boundary: float, suffix: str = "") -> float:
+def closed(curves: Curves, boundary: float) -> float:
     """1 - gap / gap of the best linear model, on the same draws, before the boundary; NaN without that reference."""
-    return 1 - curves.average(f"gap{suffix}", 0, boundary) / curves.average("wiener", 0, boundary)
+    return 1 - curves.average("gap", 0, boundary) / curves.average("wiener", 0, boundary)
 
 
 def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProfile, weights: str = "raw") -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from fm_stages.flow import sample
-from fm_stages.training.loggers import log_image, run_folder
+from fm_stages.training.loggers import is_trial, log_image, run_folder
 
 
 class SampleGrid(L.Callback):
@@ -35,6 +35,16 @@ class SampleGrid(L.Callback):
         self.seed = seed
         self._last_step = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make sure that the shape of an image is known, before training rather than after it."""
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and not (hasattr(data, "shape") and hasattr(data, "num_classes")):
+            raise ValueError("SampleGrid needs a datamodule with `shape` (C, H, W) and `num_classes`")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from where the run starts."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -48,7 +58,7 @@ class SampleGrid(L.Callback):
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # every rank draws the same grid: under sharding a network's forward is a collective
-        if trainer.global_step == self._last_step:
+        if trainer.global_step == self._last_step or is_trial(trainer):
             return
         self._last_step = trainer.global_step
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -56,6 +66,8 @@ class SampleGrid(L.Callback):
         columns = min(classes, 10)
         num = max(self.num_samples // columns, 1) * columns
         labels = torch.arange(num, device=pl_module.device) % classes
+        if data.num_classes == 0 or getattr(pl_module, "label_dropout", 0) == 1:
+            labels = torch.full_like(labels, -1)  # classes whose embedding was never trained would be noise
         for weights, network in (("raw", pl_module.network), ("ema", pl_module.network_ema)):
             if not isinstance(network, nn.Module):
                 continue

@@ -17,7 +17,8 @@ from fm_stages.training.loggers import log_metrics
 class Throughput(L.Callback):
     """Logs images per second over all ranks, the share of time spent waiting for data, and memory.
 
-    Validation and what happens around it is not counted. Numbers are of the time since the last line.
+    Validation is not counted. What runs between two batches counts as waiting: callbacks after this one, and with them
+    a checkpoint that is written. Numbers are of the time since the last line.
 
     Args:
         every_n_steps: optimizer steps between lines.
