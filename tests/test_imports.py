@@ -65,12 +65,22 @@ def violations(source: str, module: str, modules: set[str], is_face: bool = Fals
     return found
 
 
+def names_of_face(file: Path | None) -> set[str]:
+    """What an ``__init__.py`` lists in ``__all__``."""
+    for node in ast.parse(file.read_text()).body if file else []:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
 def test_imports_go_only_to_the_left():
     files = modules_of(PACKAGE)
+    # a face may give a function the name of its file: importing that name is importing from the face
+    modules = {m for m in files if m.rpartition(".")[2] not in names_of_face(files.get(m.rpartition(".")[0]))}
     found = [
         line
         for module, file in files.items()
-        for line in violations(file.read_text(), module, set(files), is_face=file.name == "__init__.py")
+        for line in violations(file.read_text(), module, modules, is_face=file.name == "__init__.py")
     ]
     assert "fm_stages.flow" in files
     assert not found, "\n".join(found)

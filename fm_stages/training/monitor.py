@@ -129,13 +129,14 @@ class OracleMonitor(L.Callback):
         )
 
     def _label_dropout(self, trainer: L.Trainer, pl_module: L.LightningModule, labels: Tensor | None) -> float:
-        """Share of samples without label: 1 if a batch (B,) has none, else what was said, else the batch's share."""
+        """Share of samples without label: as told; or 1 if a batch (B,) has none; or the module's; or the batch's."""
+        if not self.oracle.bank.has_labels:
+            return 1.0
+        if self.label_dropout is not None:
+            return self.label_dropout
         share = 1.0 if labels is None else (labels == -1).float().mean()
         seen = float(trainer.strategy.reduce(torch.as_tensor(share, device=pl_module.device), reduce_op="mean"))
-        if seen == 1.0 or not self.oracle.bank.has_labels:
-            return 1.0
-        said = self.label_dropout if self.label_dropout is not None else getattr(pl_module, "label_dropout", None)
-        return seen if said is None else said
+        return seen if seen == 1.0 else getattr(pl_module, "label_dropout", seen)
 
     # training --------------------------------------------------------------------------------------------------------
 
