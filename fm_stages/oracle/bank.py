@@ -12,8 +12,9 @@ from torch import Tensor
 NUM_EXTRA = 4
 """Columns kept behind each row's pixels: what lets one matrix product yield logits and sums at once."""
 
-_NEVER = -1e30
-"""Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern."""
+_NEVER = -1e4
+"""Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern, and
+small enough to vanish beside the e^-40 that the least weight is."""
 
 
 def count_column(label: int) -> int:
@@ -53,6 +54,7 @@ class DataBank:
         self._labels = None if labels is None else labels[unique.first].contiguous()  # (M,), sorted
         self._slices = _slices(self._labels)
         self._table = self._build_table(flat, unique)  # (M, D + NUM_EXTRA)
+        self.max_spread = float(self._table[:, self.num_dims].max())  # largest squared distance to the mean
 
     def _build_table(self, flat: Tensor, unique: _Distinct) -> Tensor:
         """Rows [x, ||x - mean||^2, 1, log count in the class, log count in the whole bank], one per distinct row."""

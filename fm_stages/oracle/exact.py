@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_column
@@ -279,8 +278,7 @@ class _Sums:
     def add(self, queries: Tensor | slice, logits: Tensor, piece: Tensor) -> None:
         """Add a piece (C, D + NUM_EXTRA) with logits (B, C), which are overwritten, for some of the queries."""
         logits.sub_(self.peak[queries]).clamp_(min=LEAST_LOGIT)
-        # what was clamped weighs exactly nothing: near t = 1 a collapsed mean must be its row to the last bit
-        weights = threshold(torch.exp(logits), 1.001 * math.exp(LEAST_LOGIT), 0.0, inplace=True)
+        weights = torch.exp(logits)
         self.depth[queries] += torch.linalg.vecdot(weights, logits)
         self.square[queries] += torch.linalg.vecdot(weights, weights)
         if isinstance(queries, slice):

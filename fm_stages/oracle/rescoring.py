@@ -25,7 +25,8 @@ COARSE = 1e-3
 
 def rounding_error(query: Tensor, bank: DataBank) -> Tensor:
     """Bound (B, 1) on the rounding error of the logits that the factors ``query`` (B, D + extra) give."""
-    return ROUNDING * query[:, : bank.num_dims].norm(dim=1, keepdim=True) * bank.max_norm
+    products = query[:, : bank.num_dims].norm(dim=1, keepdim=True) * bank.max_norm
+    return ROUNDING * (products + query[:, bank.num_dims, None].abs() * bank.max_spread)
 
 
 def rescore(
