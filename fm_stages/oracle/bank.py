@@ -39,7 +39,7 @@ class DataBank:
     """
 
     def __init__(self, x1: Tensor, labels: Tensor | None = None) -> None:
-        x1, labels = x1.detach(), None if labels is None else labels.detach()
+        x1, labels = x1.detach(), None if labels is None else labels.detach().to(x1.device)
         _check(x1, labels)
         self.num_rows = x1.shape[0]
         self.shape = tuple(x1.shape[1:])

@@ -26,6 +26,8 @@ class Decomposition:
         gap: ||v - u*||^2 / D, what a better model can still win.
         floor: A_t^2 variance / D, what no model can win: the expectation of ||u_cond - u*||^2 / D given x_t.
         residual: 2 <v - u*, u* - u_cond> / D, which has mean zero if the bank is the training distribution.
+        identity: residual / (gap + floor). Its mean is zero as well, for the divisor depends on x_t alone; and near
+            t = 1, where A_t^2 multiplies every mistake, no sample outweighs the others.
         top1: largest posterior weight.
         ess: effective number of rows.
         zero: the gap that predicting 0 would have, ||u*||^2 / D.
@@ -37,6 +39,7 @@ class Decomposition:
     gap: Tensor
     floor: Tensor
     residual: Tensor
+    identity: Tensor
     top1: Tensor
     ess: Tensor
     zero: Tensor
@@ -93,13 +96,17 @@ def decompose(
     linear = torch.full_like(t, torch.nan)
     if wiener is not None:
         linear = mean_square(oracle.target_from_mean(wiener.mean(x_t, t), x0, x1, t) - best)
+    gap = mean_square(prediction - best)
+    # where the variance is 0 the floor is 0, also at t = 1 where the scale is infinite
+    floor = torch.where(posterior.variance == 0, 0.0, scale**2 * posterior.variance / oracle.bank.num_dims).float()
+    residual = 2 * ((prediction - best) * (best - conditional)).flatten(1).mean(1)
     return Decomposition(
         t=t,
         regular=mean_square(prediction - conditional),
-        gap=mean_square(prediction - best),
-        # where the variance is 0 the floor is 0, also at t = 1 where the scale is infinite
-        floor=torch.where(posterior.variance == 0, 0.0, scale**2 * posterior.variance / oracle.bank.num_dims).float(),
-        residual=2 * ((prediction - best) * (best - conditional)).flatten(1).mean(1),
+        gap=gap,
+        floor=floor,
+        residual=residual,
+        identity=residual / (gap + floor).clamp(min=1e-12),  # a perfect model at no floor has residual 0, too
         top1=posterior.top1,
         ess=posterior.ess,
         zero=mean_square(best),

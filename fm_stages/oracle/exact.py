@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_column
-from fm_stages.oracle.rescoring import COARSE, rescore, rounding_error
+from fm_stages.oracle.rescoring import COARSE, MAX_CANDIDATES, rescore, rounding_error
 
 MAX_QUERIES = 1024
 """Queries per pass; more are taken in turn, so that working memory does not grow with the batch either."""
@@ -152,7 +152,7 @@ class Oracle:
         """
         if index is not None:
             x1 = self.bank.rows(index)
-        x0, x1 = x0.float(), x1.float()
+        x0, x1, t = x0.float(), x1.float(), t.float()
         mean = self.posterior(self.path.interpolate(x0, x1, t), t, labels).mean
         return self.target_from_mean(mean, x0, x1, t)
 
@@ -198,7 +198,7 @@ class Oracle:
             entropy=(sums.weight[:, 0].log() - sums.depth / sums.weight[:, 0]).clamp(min=0),
             variance=self._variance(sums, mean, x_t, t, label).float().clamp(min=0),
         )
-        if in_question is not None:
+        if in_question is not None and len(in_question[0]):
             again = in_question[0].unique()
             better = rescore(self.bank, x_t, *self._coefficients(t), label, in_question)
             for name, value in better.items():
@@ -317,7 +317,9 @@ def _stream(query: Tensor, bank: DataBank, rows: slice, error: Tensor) -> tuple[
             sums.raise_peak(torch.maximum(sums.peak, peak))
         active = (peak >= sums.peak - margin)[:, 0].nonzero()[:, 0]
         if len(doubtful := active[coarse[active]]):
-            near = (logits[doubtful] >= (sums.peak - margin)[doubtful]).nonzero()
+            candidates = logits[doubtful] >= (sums.peak - margin)[doubtful]
+            coarse[doubtful[candidates.sum(1) > MAX_CANDIDATES]] = False  # a broad posterior averages its errors out
+            near = candidates.nonzero()
             in_question.append((doubtful[near[:, 0]], near[:, 1] + start))
         if len(active) == num:
             sums.add(slice(None), logits, piece)
@@ -326,4 +328,5 @@ def _stream(query: Tensor, bank: DataBank, rows: slice, error: Tensor) -> tuple[
     if not in_question:
         return sums, None
     queries, stored = (torch.cat(column) for column in zip(*in_question, strict=True))
-    return sums, (queries, stored)
+    kept = coarse[queries]
+    return sums, (queries[kept], stored[kept])

@@ -19,6 +19,9 @@ MAX_VALUES = 2**22
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Rounding error of a logit, over the norms of its two factors: more than is seen at D = 1, where nothing averages."""
 
+MAX_CANDIDATES = 1024
+"""Rows in question, of one piece, beyond which a query is left as it is."""
+
 COARSE = 1e-3
 """Rounding error of a logit from which on a query is scored again."""
 

@@ -73,7 +73,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign or truncated files
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
+        raise ValueError(f"{path} is not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of fm-stages: it has no state_dict")
     return checkpoint

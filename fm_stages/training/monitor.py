@@ -28,7 +28,7 @@ from fm_stages.training.held_out import HeldOut
 from fm_stages.training.loggers import log_curves, log_figure, log_metrics, run_folder
 from fm_stages.training.report import closed, report
 
-QUANTITIES = ("regular", "gap", "floor", "residual", "top1", "ess", "zero", "wiener")
+QUANTITIES = ("regular", "gap", "floor", "residual", "identity", "top1", "ess", "zero", "wiener")
 
 ALARM = 5.0
 """|z| of the identity's residual that two windows running must exceed to raise the alarm."""
@@ -234,7 +234,7 @@ class OracleMonitor(L.Callback):
             "oracle/gap_navigation": curves.average("gap", 0, b),
             "oracle/gap_refinement": curves.average("gap", b, 1),
             "oracle/closed": closed(curves, b),
-            "oracle/identity_z": curves.z_score("residual"),
+            "oracle/identity_z": curves.z_score("identity"),
             "oracle/coverage": curves.coverage(),
             "stages/boundary": b,
             "stages/navigation_end": profile.navigation_end,

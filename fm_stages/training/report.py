@@ -75,6 +75,8 @@ def _sentences(train: Curves | None, held_out: Curves | None, profile: StageProf
         )
     if train is not None and held_out is not None:
         ours, theirs = train.average("regular", b, 1), held_out.average("regular", b, 1)
+        if math.isnan(ours) or math.isnan(theirs):
+            return sentences
         sentences.append(
             f"refinement: held-out regular loss {theirs:.4f} against {ours:.4f} in training "
             f"({100 * (theirs / ours - 1):+.0f} %); here the held-out loss is the number to watch: a training "

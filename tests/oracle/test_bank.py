@@ -97,6 +97,7 @@ class TestDuplicates:
         bank = DataBank(rows, labels)
         assert bank.num_distinct == 12
         assert bank.label_counts == {0: 2, 1: 2, 2: 9}
+        assert bank.classes == [0, 1, 2]
         assert bank.labels_of(torch.arange(13)).tolist() == labels.tolist()
         assert bits(bank.rows(torch.arange(13))) == bits(rows)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.flow import LinearPath, Path, VPPath
-from fm_stages.oracle import DataBank, Oracle, Wiener, wiener
+from fm_stages.oracle import DataBank, Oracle, Wiener, linear_reference, wiener
 
 
 def solved(rows: Tensor, x_t: Tensor, t: Tensor, coefficients, path: Path) -> Tensor:
@@ -117,3 +117,11 @@ def test_too_many_values_raise(digits, monkeypatch):
     monkeypatch.setattr(wiener, "MAX_DIMS", 63)
     with pytest.raises(ValueError, match="D = 64 > 63"):
         Wiener(DataBank(digits[0]), LinearPath())
+
+
+def test_where_there_is_none_a_warning_says_why(digits, monkeypatch):
+    bank = DataBank(digits[0])
+    assert isinstance(linear_reference(bank, LinearPath()), Wiener)
+    monkeypatch.setattr(wiener, "MAX_DIMS", 63)
+    with pytest.warns(UserWarning, match="No linear reference .*D = 64 > 63"):
+        assert linear_reference(bank, LinearPath()) is None

@@ -1,0 +1,64 @@
+"""What all tests share: one thread, no network, no account, and a temporary place for what wandb keeps."""
+
+import ipaddress
+import os
+import socket
+import tempfile
+
+import hypothesis
+import pytest
+import torch
+
+# Read when a run starts, and by the processes that tests start.
+_WANDB = tempfile.TemporaryDirectory(prefix="fm-stages-wandb-", ignore_cleanup_errors=True)
+os.environ.update(
+    {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false",
+        **{f"WANDB_{name}_DIR": _WANDB.name for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")},
+        "OMP_NUM_THREADS": "1",
+    }
+)
+for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
+    os.environ.pop(name, None)
+
+torch.set_num_threads(1)  # the machine is shared, and sums are then always made in the same order
+
+hypothesis.settings.register_profile(
+    "fm-stages", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("fm-stages")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:Found .* module.* in eval mode")  # the frozen twin
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network():
+    """Only this machine can be reached: a test that waits for another one would be slow, or pass for the weather."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
+            raise OSError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
+
+
+def is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", socket.gethostname())
