@@ -403,7 +403,11 @@ MISTAKES = {
     # checkpoints
     "missing checkpoint": ("arguments", ["--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
     "missing weights": ("arguments", ["--init-from=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
-    "foreign checkpoint": ("arguments", ["--ckpt_path=foreign.ckpt"], "foreign.ckpt is not a checkpoint that can be read"),
+    "foreign checkpoint": (
+        "arguments",
+        ["--ckpt_path=foreign.ckpt"],
+        "foreign.ckpt is not a checkpoint that can be read",
+    ),
     "foreign weights": ("arguments", ["--init-from=foreign.ckpt"], "foreign.ckpt is not a checkpoint that can be read"),
     "someone's weights": ("arguments", ["--ckpt_path=other.ckpt"], "other.ckpt is not a checkpoint of fm-stages"),
     "bare weights": ("arguments", ["--ckpt_path=bare.ckpt"], "bare.ckpt"),

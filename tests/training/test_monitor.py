@@ -195,37 +195,38 @@ class TestCadence:
             OracleMonitor(**arguments)
 
 
-class TestAlarm:
-    WINDOWS = 6
+class Doctor(L.Callback):
+    """After the first batch, and with it the checks at the start: half of the rows become other images."""
 
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        (monitor,) = (callback for callback in trainer.callbacks if isinstance(callback, OracleMonitor))
+        if trainer.global_step == 1:
+            bank = monitor.oracle.bank
+            x1, labels = rows_and_labels(bank)
+            x1[::2] = -x1[::2]
+            bank._table = DataBank(x1, labels)._table
+
+
+class TestAlarm:
     @pytest.fixture
     def alarms(self, make_network, make_data, make_trainer, recwarn):
-        """Number of alarms in a run of six windows of 240 samples each, with a callback beside the monitor."""
+        """Number of alarms in six windows, with a callback beside the monitor."""
 
-        def run(*callbacks) -> int:
-            module = WithoutIndex(make_network(), optimizer=lambda p: torch.optim.Adam(p, lr=5e-3))
-            callbacks = [OracleMonitor(1, window=4), *callbacks]
-            make_trainer(4 * self.WINDOWS, callbacks=callbacks).fit(module, datamodule=make_data(60))
+        def run(kind, window, *callbacks) -> int:
+            module = kind(make_network(), optimizer=lambda p: torch.optim.Adam(p, lr=5e-3))
+            callbacks = [OracleMonitor(1, window), *callbacks]
+            make_trainer(6 * window, callbacks=callbacks).fit(module, datamodule=make_data(60))
             return sum("identity regular = gap + floor is broken" in str(w.message) for w in recwarn)
 
         return run
 
     def test_a_healthy_run_raises_none(self, alarms):
-        assert alarms() == 0
+        assert alarms(FlowMatching, 16) == 0
 
-    def test_a_bank_whose_rows_are_replaced_by_others_raises_it(self, alarms):
-        class Doctor(L.Callback):
-            """After the first batch, and with it the checks at the start: half of the rows become other images."""
-
-            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-                (monitor,) = (callback for callback in trainer.callbacks if isinstance(callback, OracleMonitor))
-                if trainer.global_step == 1:
-                    bank = monitor.oracle.bank
-                    x1, labels = rows_and_labels(bank)
-                    x1[::2] = x1[::2].roll(1, -1)
-                    bank._table = DataBank(x1, labels)._table
-
-        assert alarms(Doctor()) >= 1
+    @pytest.mark.parametrize(("kind", "window"), [(WithoutIndex, 4), (FlowMatching, 16)])
+    def test_a_bank_whose_rows_are_replaced_by_others_raises_it(self, alarms, kind, window):
+        """With the rows' index x1 is read from the bank: then only the network's prediction knows better."""
+        assert alarms(kind, window, Doctor()) >= 1
 
     def test_noise_that_knows_the_image_raises_it(self, make_network, make_data, make_trainer, recwarn):
         """A coupling of noise and data: no row is wrong, but the identity does not hold."""
