@@ -66,23 +66,21 @@ def main() -> None:
 def _input_error(error: BaseException | None) -> BaseException | None:
     """The error, or its cause, that a person's input is to blame for; None if there is no such error.
 
-    The parser says so, or this package raised on purpose: then its message names the value and the remedy.
+    This package raised on purpose, with a message that names the value and the remedy; or whatever was raised before
+    training began, for until then nothing but the input has been used.
     """
     ours = str(Path(__file__).parent)
-    parsing = None
+    first = error
     while error is not None:
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-        # once training runs an error is a defect and its traceback is wanted, unless the first batch was refused
-        running = any(Path(file).name == "fit_loop.py" for file in files) and Path(files[-1]).name != "checks.py"
-        if files[-1].startswith(ours) and isinstance(error, (ValueError, FileNotFoundError, TypeError)) and not running:
+        # once training runs an error is a defect and its traceback is wanted, unless data or first batch were refused
+        running = any(Path(file).name in ("fit_loop.py", "evaluation_loop.py") for file in files)
+        if running and Path(files[-1]).name not in ("checks.py", "loading.py"):
+            return None
+        if files[-1].startswith(ours) and isinstance(error, (ValueError, FileNotFoundError, TypeError)):
             return error
-        by_parser = (
-            type(error).__name__ in ("ArgumentError", "MisconfigurationException") or "jsonargparse" in files[-1]
-        )
-        if by_parser and not running:
-            parsing = parsing or error
         error = error.__cause__
-    return parsing
+    return first
 
 
 def _config_files(arguments: list[str]) -> str:

@@ -62,11 +62,11 @@ def _loss_parts(axes: Axes, t: list[float], mean: Mapping, held_out: Mapping | N
         labels=["floor: no model can remove it", "gap: left to win"],
     )  # fmt: skip
     axes.plot(t, mean["regular"], color=COLOURS["regular"], marker="o", ms=3, label="regular loss (training)")
-    top = max(v for v in mean["regular"] if v == v)
+    top = max((v for v in mean["regular"] if v == v), default=1.0)
     if held_out:
         axes.plot(t, held_out["regular"], color=COLOURS["held_out"], ls="--", marker="s", ms=3,
                   label="regular loss (held-out)")  # fmt: skip
-        top = max(top, *(v for v in held_out["regular"] if v == v))
+        top = max([top, *(v for v in held_out["regular"] if v == v)])
     axes.set_ylim(0, 1.35 * top)
     axes.set_ylabel("mean squared error per value")
     axes.set_title("what the loss is made of", pad=16)

@@ -72,6 +72,7 @@ def shallow_networks(monkeypatch) -> None:
 class TestEachConfig:
     def test_takes_two_steps(self, config, small_data, shallow_networks, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which the command sets: so that it is unset afterwards
         monkeypatch.setattr("fm_stages.plots.save", lambda figure, path: path)
         monkeypatch.setattr(sys, "argv", ["fm-stages", "fit", "--config", str(config), *SMALL])
         cli.main()
@@ -103,6 +104,7 @@ def test_the_defaults_are_package_data():
 
 def test_parsing_reads_no_data_and_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("FM_STAGES_DATA", os.fspath(tmp_path / "nowhere"))
     for config in CONFIGS:
         if "cifar" not in config.stem:  # whose network takes a second to build

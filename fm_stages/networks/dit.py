@@ -153,6 +153,16 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
     ) -> None:
+        sizes = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
+        if wrong := [f"{name}={value}" for name, value in sizes.items() if value < 1]:
+            raise ValueError(f"sizes of a DiT must be 1 or more, got {', '.join(wrong)}")
         super().__init__()
         if input_size % patch_size:
             raise ValueError(

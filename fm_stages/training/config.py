@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -30,6 +33,21 @@ HARMLESS = (
     "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning on new versions of torch
 )
 """Warnings that say nothing to the person who reads the log of a run."""
+
+SECTIONS = (
+    "seed_everything",
+    "trainer",
+    "model",
+    "data",
+    "monitor",
+    "samples",
+    "throughput",
+    "checkpoints",
+    "init_from",
+    "ckpt_path",
+    "weights_only",
+)
+"""Top-level keys of a configuration."""
 
 KEYWORDS = ("last", "best", "hpc")
 """Values of --ckpt_path that Lightning looks up itself."""
@@ -112,6 +130,19 @@ class TrainingCLI(LightningCLI):
             "--init-from", type=str | None, default=None, help="start from a checkpoint's weights alone (fit only)"
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; a misspelt section is named first, for the parser would complain of what is then missing."""
+        arguments = sys.argv[1:] if args is None else list(args)
+        for flag, file in zip(arguments, arguments[1:], strict=False):
+            if flag == "--config" and Path(file).is_file():
+                found = yaml.safe_load(Path(file).read_text())
+                if strange := [key for key in found or {} if key not in SECTIONS] if isinstance(found, dict) else []:
+                    raise ValueError(f"{file} has a section {strange[0]!r}; there are {', '.join(SECTIONS)}")
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint while parsing: `_check` reads it, with a message if it cannot be read."""
+
     def before_instantiate_classes(self) -> None:
         """Give the logger the run's folder, and wandb a mode that cannot block."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -156,13 +187,28 @@ class TrainingCLI(LightningCLI):
         """Validation measures the checkpoint that --ckpt_path names."""
         if self.config[self.subcommand].init_from:
             raise ValueError("--init-from is for fit; name the checkpoint to validate with --ckpt_path")
+        if self.config[self.subcommand].ckpt_path in (None, *KEYWORDS):
+            raise ValueError("validate measures a checkpoint, not fresh weights: name its file with --ckpt_path")
         self._check()
+
+    def _check_checkpoint(self, path: str, checkpoint: dict[str, Any]) -> None:
+        """Refuse what Lightning would fail on after the run has begun to write."""
+        if "pytorch-lightning_version" not in checkpoint:
+            raise ValueError(f"{path} holds weights, not a run to go on with: start from it with --init-from")
+        theirs, ours = checkpoint["state_dict"], self.model.state_dict()
+        wrong = [k for k in {**theirs, **ours} if k not in theirs or k not in ours or theirs[k].shape != ours[k].shape]
+        if wrong:
+            raise ValueError(f"{path} does not fit the network: {len(wrong)} weights differ, {wrong[0]} first")
 
     def _check(self) -> None:
         """Data that can be read and fit the network; a checkpoint that can be read."""
+        self.model.check_precision(self.trainer)
+        if self.config[self.subcommand].trainer.val_check_interval == 0:
+            raise ValueError("val_check_interval=0 is no interval: give steps, or set limit_val_batches to 0")
         path = self.config[self.subcommand].ckpt_path
         if path and path not in KEYWORDS:
-            read_checkpoint(path)
+            self._check_checkpoint(path, read_checkpoint(path))
+        self.datamodule.trainer = self.trainer  # what it refuses depends on ranks and accumulation
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         self.model.check_data(self.datamodule)

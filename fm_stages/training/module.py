@@ -97,6 +97,11 @@ class FlowMatching(L.LightningModule):
                 "bank(), or choose fm_stages.training.ConditionalTarget"
             )
 
+    def check_precision(self, trainer: L.Trainer) -> None:
+        """Refuse what would round data and noise, and with them the oracle."""
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(f"precision={trainer.precision} would round data and noise: use bf16-mixed or 32-true")
+
     def setup(self, stage: str) -> None:
         """Check the data, and hand the bank's oracle to a target that needs it."""
         if self.trainer.precision in ("bf16-true", "16-true"):

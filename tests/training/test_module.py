@@ -15,10 +15,11 @@ from fm_stages.flow import (
     UniformWeighting,
     VPPath,
     Weighting,
+    sample,
 )
 from fm_stages.networks import DiT
 from fm_stages.oracle import DataBank, Oracle
-from fm_stages.training import FlowMatching, OracleTarget
+from fm_stages.training import FlowMatching, OracleMonitor, OracleTarget
 
 CONTRACT = {"loss", "x0", "x1", "x_t", "t", "prediction", "labels"}
 
@@ -397,3 +398,33 @@ class TestGoldenLoss:
 
     def test_as_ever(self, losses):
         assert losses() == pytest.approx(GOLDEN, rel=1e-3)
+
+
+class FourDigits(Digits):
+    """Four digits, each sixteen times: few enough to be learnt by heart in seconds."""
+
+    def read(self):
+        splits = super().read()
+        images, labels = splits.train_images[:4].repeat(16, 1, 1, 1), splits.train_labels[:4].repeat(16)
+        return splits._replace(train_images=images, train_labels=labels)
+
+
+@pytest.mark.slow
+def test_learning_by_heart_closes_the_gap_and_leaves_the_floor(make_trainer):
+    """In refinement the whole loss can be removed, in navigation the floor stays: the regular loss goes down to it."""
+    torch.manual_seed(0)
+    optimizer = lambda p: torch.optim.AdamW(p, lr=4e-3, weight_decay=0.0)  # noqa: E731
+    network = DiT(8, 4, 1, 64, 2, 4, 0)
+    module = FlowMatching(network, label_dropout=1.0, ema_decay=0.99, optimizer=optimizer, warmup_steps=50)
+    monitor, data = OracleMonitor(1, 100), FourDigits(batch_size=64)
+    make_trainer(600, callbacks=[monitor], gradient_clip_val=1.0).fit(module, datamodule=data)
+    curves, boundary = monitor.train, monitor.profile.boundary
+    refinement = [curves.average(name, boundary, 0.9) for name in ("gap", "regular", "floor", "zero")]
+    assert refinement[0] < 0.06 * refinement[3]
+    assert refinement[0] == pytest.approx(refinement[1] - refinement[2], rel=0.5)
+    gap, regular, floor = (curves.average(name, 0, boundary) for name in ("gap", "regular", "floor"))
+    assert gap < 0.15 * floor
+    assert regular == pytest.approx(gap + floor, rel=0.1)
+    images = sample(module.network_ema, torch.full((16,), -1), (1, 8, 8))
+    distance = torch.cdist(images.flatten(1), data.bank().rows(torch.arange(4)).flatten(1)).min(1).values / 8
+    assert (distance < 0.15).float().mean() > 0.8  # root mean square per value: it draws what it was shown

@@ -33,7 +33,7 @@ def launched(tmp_path_factory) -> Path:
     done = subprocess.run(
         [sys.executable, *command, str(HERE / "two_ranks.py"), str(folder)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        env={**{k: v for k, v in os.environ.items() if k != "PL_GLOBAL_SEED"}, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
         timeout=240,
