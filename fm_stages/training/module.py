@@ -104,10 +104,7 @@ class FlowMatching(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data, and hand the bank's oracle to a target that needs it."""
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"precision={self.trainer.precision} would round data and noise: use bf16-mixed or 32-true"
-            )
+        self.check_precision(self.trainer)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self.check_data(datamodule)
         if stage == "fit" and self.target.needs_oracle and hasattr(datamodule, "bank"):
