@@ -187,6 +187,15 @@ class TestFit:
         assert list(weights) == ["scale"]
         assert weights["scale"] != 0.5
 
+    def test_the_configuration_that_a_run_saved_makes_a_run_of_its_own(self, trained, command, quick_figures):
+        """With another folder everything goes there: the first run's checkpoints are not written over."""
+        before = {file: file.read_bytes() for file in trained.run.rglob("*") if file.is_file()}
+        done = command("fit", "--config", trained.run / "config.yaml", "--trainer.default_root_dir=again")
+        assert done.status == 0, done.err
+        assert {file: file.read_bytes() for file in trained.run.rglob("*") if file.is_file()} == before
+        assert [path.name for path in Path().iterdir()] == ["again"]
+        assert {path.name for path in Path("again").iterdir()} == {path.name for path in trained.run.iterdir()}
+
     def test_without_a_logger_and_without_checkpoints(self, fit, quick_figures):
         fit("--trainer.logger=false", "--trainer.enable_checkpointing=false")
         assert not list(RUN.rglob("*.ckpt"))
@@ -460,11 +469,12 @@ class TestMistakes:
         arguments = [*TINY, "--trainer.logger=CSVLogger", f"--ckpt_path={trained.last}", f"{NETWORK}.hidden_size=32"]
         assert_refused(command(way, "--config", DIGITS, *arguments), r"last\.ckpt does not fit", folder, files)
 
-    def test_a_misspelt_section_that_the_command_line_completes(self, command, folder):
+    @pytest.mark.parametrize("config", [["--config", "mistake.yaml"], ["--config=mistake.yaml"]])
+    def test_a_misspelt_section_that_the_command_line_completes(self, command, folder, config):
         """The parser would complain of the network, which is where the rest of the section is missed first."""
         (folder / "mistake.yaml").write_text(overlay({"model:": "modle:"}))
         files = set(folder.rglob("*"))
-        done = command("fit", "--config", "mistake.yaml", *TINY, "--trainer.logger=CSVLogger")
+        done = command("fit", *config, *TINY, "--trainer.logger=CSVLogger")
         assert_refused(done, "modle", folder, files)
 
     @pytest.mark.parametrize("ckpt_path", [None, "last", "best"])
@@ -492,6 +502,15 @@ class TestMistakes:
         monkeypatch.setattr(DiT, "forward", broken)
         with pytest.raises(ValueError, match="a defect"):
             fit()
+
+    def test_a_defect_in_a_class_of_ones_own_keeps_its_traceback(self, command, folder, monkeypatch):
+        """Its line number is what helps: `fm-stages: own.yaml: 'width'` would not."""
+        broken = "import torch\nclass Net(torch.nn.Linear):\n    def __init__(self) -> None:\n        {}['width']\n"
+        (folder / "broken_networks.py").write_text(broken)
+        (folder / "own.yaml").write_text("data: fm_stages.data.Digits\nmodel:\n  network: broken_networks.Net\n")
+        monkeypatch.syspath_prepend(folder)
+        with pytest.raises(KeyError, match="width"):
+            command("fit", "--config", "own.yaml", "--trainer.logger=false")
 
     def test_in_a_process_of_its_own(self, tmp_path):
         command = [sys.executable, "-m", "fm_stages", "fit", "--config", str(DIGITS), "--trainer.max_step", "4"]
