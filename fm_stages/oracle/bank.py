@@ -1,167 +1,259 @@
-"""The bank: the training set as the oracle sees it."""
+"""The bank: the training set as the oracle sees it, whole or this rank's shard of it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fm_stages.oracle import ranks
+
 NUM_EXTRA = 4
-"""Columns kept behind each row's pixels: what lets one matrix product yield logits and sums at once."""
+"""Columns kept behind each row's values: what lets one matrix product yield logits and sums at once."""
+
+STORED = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+"""What rows are stored as: as they come."""
+
+_PIECE = 8192
+"""Rows that are worked on at a time where something is done to all of them once."""
 
 _NEVER = -1e4
 """Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern, and
-small enough to vanish beside the e^-40 that the least weight is."""
+small enough to vanish beside any weight that counts."""
 
 
-def count_column(label: int) -> int:
-    """Which of the extra columns holds the log count that applies to a query with this label."""
-    return 3 if label == -1 else 2
+def count_columns(labels: Tensor) -> Tensor:
+    """Which of the extra columns hold the log counts that apply to queries with these labels (B,): (B,) int64."""
+    return torch.where(labels == -1, 3, 2)
 
 
 class DataBank:
     """The training set, point by point, in the form that the oracle's two matrix products want.
 
-    Equal rows are stored once with their count, so that k copies of an image weigh k times without capping top1 at
-    1/k. Rows are sorted by label, so that a class is a slice. A plain object that deep-copies to itself: neither a
-    copied module nor a checkpoint may carry the training set.
+    What the network sees of row i is ``scale * x1[i] + shift`` in float32; stored is x1 in its own dtype, so that a
+    bank of 8-bit pixels takes a byte per value. Equal rows are stored once with their count, so that k copies of an image
+    weigh k times without capping top1 at 1/k. Rows are sorted by label, so that a class is a slice. A plain object that
+    deep-copies to itself: neither a copied module nor a checkpoint may carry the training set.
+
+    With a process group the bank is *sharded*: each rank brings its rows, and the bank is all of them, in the order of
+    the ranks. Then every rank makes the bank, and enters every call of `rows`, `labels_of`, `covariance` and of the
+    oracle, with no queries if need be; these wait for one another.
 
     Args:
-        x1: (N, ...) floating point, the training rows exactly as the network sees them (same normalisation; flips as
-            rows of their own). float16 and bfloat16 rows are widened, float64 rows rounded, to float32.
+        x1: (N, ...) the training rows (same normalisation as in training; flips as rows of their own): uint8 with a
+            scale, float16, bfloat16 or float32; float64 rows are rounded to float32. Of this rank, if there is a group.
         labels: (N,) int64, 0 or larger, or None for an unlabelled set.
+        scale: number, or tensor that broadcasts to a row, by which stored values are multiplied.
+        shift: likewise, what is added then.
+        group: process group over which the bank is sharded; None: it is all here.
 
     Raises:
-        ValueError: if there is no row, the labels do not match, or a value is not finite.
+        ValueError: if there is no row, the labels do not match, a value is not finite, or the ranks' parts differ in
+            kind; on every rank.
     """
 
-    def __init__(self, x1: Tensor, labels: Tensor | None = None) -> None:
-        x1, labels = x1.detach(), None if labels is None else labels.detach().to(x1.device)
-        _check(x1, labels)
-        self.num_rows = x1.shape[0]
+    def __init__(
+        self,
+        x1: Tensor,
+        labels: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        x1, labels = x1.detach(), None if labels is None else labels.detach()
+        self.group = group
+        with ranks.together(group):
+            _check(x1, labels, scale, shift)
         self.shape = tuple(x1.shape[1:])
         self.num_dims = x1[0].numel()
-        flat = x1.reshape(self.num_rows, -1).float().contiguous()
+        flat = x1.reshape(len(x1), -1).contiguous()
+        flat = flat if flat.dtype in STORED else flat.float()
+        self.dtype = flat.dtype
+        self._scale, self._shift = (_per_value(value, self.shape).to(x1.device) for value in (scale, shift))
+        self._as_stored = bool((self._scale == 1).all() and (self._shift == 0).all())
+        affine = (self._scale.double().sum().item(), self._shift.double().sum().item())
+        agreed = {"shape": self.shape, "dtype": self.dtype, "labels": labels is not None, "scale and shift": affine}
+        ranks.agree(agreed, group)
 
-        self.max_norm = max(float(piece.norm(dim=1).max()) for piece in flat.split(8192))
-        unique = _distinct_rows(flat, labels)
-        # (D,) over all N rows; by pieces, like all that is done in float64, which never holds a second bank
-        self.mean = torch.stack([piece.double().sum(0) for piece in flat.split(8192)]).sum(0) / self.num_rows
-        self._row_of = unique.row_of.to(x1.device)  # (N,), data set index -> stored row
-        self._labels = None if labels is None else labels[unique.first].contiguous()  # (M,), sorted
-        self._slices = _slices(self._labels)
-        self._table = self._build_table(flat, unique)  # (M, D + NUM_EXTRA)
-        self.max_spread = float(self._table[:, self.num_dims].max())  # largest squared distance to the mean
+        unique = _distinct_rows(flat, labels, group)
+        self.num_rows = len(unique.stored)
+        self.num_distinct = len(unique.label)
+        self.label_counts = {} if labels is None else unique.label_counts()
+        own = unique.of(unique.offset, unique.offset + len(flat))
+        self._row_of = own.place.to(x1.device)  # (N,) int32, data set index -> stored row here, or -1
+        self._slices = {} if labels is None else _slices(own.label)
 
-    def _build_table(self, flat: Tensor, unique: _Distinct) -> Tensor:
-        """Rows [x, ||x - mean||^2, 1, log count in the class, log count in the whole bank], one per distinct row."""
-        dims = self.num_dims
-        table = torch.empty(len(unique.first), dims + NUM_EXTRA, device=flat.device)
-        for start in range(0, len(table), 8192):
-            piece = flat[unique.first[start : start + 8192].to(flat.device)]
-            table[start : start + 8192, :dims] = piece
-            table[start : start + 8192, dims] = (piece.double() - self.mean).square().sum(1).float()
-        table[:, dims + 1] = 1
-        table[:, dims + 2] = unique.class_count.log().to(table)
-        table[:, dims + 3] = unique.total_count.log().clamp(min=_NEVER).to(table)
-        return table
+        # by pieces, like all that is done in float64, which never holds a second bank
+        total = torch.stack([piece.double().sum(0) for piece in flat.split(_PIECE)]).sum(0)
+        self.mean = self._affine(ranks.reduce(total, group) / self.num_rows)  # (D,) float64, over all N rows
+        self.nearest: Tensor | None = None
+        """Distance of each training row (N,) to the nearest other image, or a little less, if it was measured."""
+        self._table: Tensor | None = None
+        self._store(flat, own)
+        norms = torch.stack([piece.float().norm(dim=1).max() for piece in flat.split(_PIECE)])
+        spread = self._extra[:, 0].amax(0, keepdim=True) if len(self._extra) else torch.zeros(1, device=x1.device)
+        most = ranks.reduce(torch.cat([norms.amax(0, keepdim=True), spread]).double(), group, "max")
+        self.max_norm, self.max_spread = most.tolist()  # of a row as stored; largest squared distance to the mean
+        total = ranks.reduce((self._extra[:, 0].double() * own.class_count.to(x1.device)).sum(), group)
+        self.rms_norm = float(torch.sqrt(total / self.num_rows + self.mean.square().sum()))
+        """Root mean square norm of what the network sees, the unit of errors of the posterior mean."""
+
+    def _store(self, flat: Tensor, own: _Shard) -> None:
+        """Stored rows (M, D), and beside them [||x - mean||^2, 1, log count in the class, log count in the bank].
+
+        Float32 rows and these columns are one table, which products take as it is.
+        """
+        dims, num = self.num_dims, len(own.first)
+        if self.dtype == torch.float32:
+            self._table = torch.empty(num, dims + NUM_EXTRA, device=flat.device)
+            self._rows, self._extra = self._table[:, :dims], self._table[:, dims:]
+        else:
+            self._rows = torch.empty(num, dims, dtype=self.dtype, device=flat.device)
+            self._extra = torch.empty(num, NUM_EXTRA, device=flat.device)
+        for place in torch.arange(num).split(_PIECE):
+            rows = flat[own.first[place].to(flat.device)]
+            self._rows[place] = rows
+            self._extra[place, 0] = (self._affine(rows.double()) - self.mean).square().sum(1).float()
+        self._extra[:, 1] = 1
+        self._extra[:, 2] = own.class_count.log().to(self._extra)
+        self._extra[:, 3] = own.total_count.log().clamp(min=_NEVER).to(self._extra)
+
+    def _affine(self, stored: Tensor) -> Tensor:
+        """What the network sees of values (..., D) as they are stored, in their float dtype."""
+        return stored if self._as_stored else stored * self._scale + self._shift
 
     @property
     def device(self) -> torch.device:
         """Where the rows lie."""
-        return self._table.device
+        return self._rows.device
 
     @property
-    def num_distinct(self) -> int:
-        """Number of stored rows: distinct images, counted once per label that they carry."""
-        return self._table.shape[0]
+    def num_stored(self) -> int:
+        """Number of rows that this rank holds."""
+        return len(self._rows)
 
     @property
     def has_labels(self) -> bool:
         """Whether the rows carry labels."""
-        return self._labels is not None
+        return bool(self.label_counts)
 
     @property
     def classes(self) -> list[int]:
         """The labels that occur, in order; empty without labels."""
-        return list(self._slices)
-
-    @property
-    def label_counts(self) -> dict[int, int]:
-        """Number of training rows of each label, in order; empty without labels."""
-        counts = self._table[:, self.num_dims + 2].exp().round().long()
-        return {label: int(counts[rows].sum()) for label, rows in self._slices.items()}
+        return list(self.label_counts)
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the rows take."""
-        return self._table.nbytes
-
-    @property
-    def rms_norm(self) -> float:
-        """Root mean square norm of the rows, the unit in which errors of the posterior mean are stated."""
-        spread = self._table[:, self.num_dims].double() * self._table[:, self.num_dims + 2].double().exp()
-        return float(torch.sqrt(spread.sum() / self.num_rows + self.mean.square().sum()))
+        """Memory that the rows take, on this rank."""
+        return self._rows.nbytes + self._extra.nbytes
 
     def slice_of(self, label: int) -> slice:
-        """The stored rows of a label; -1 stands for all of them.
+        """The stored rows of a label, possibly none on this rank; -1 stands for all of them.
 
         Raises:
-            ValueError: if no row has the label.
+            ValueError: if no row of the bank has the label.
         """
         if label == -1:
-            return slice(0, self.num_distinct)
+            return slice(0, self.num_stored)
         if not self.has_labels:
             raise ValueError(f"label {label} was asked for, but the bank has no labels: build it with labels=")
-        if label not in self._slices:
+        if label not in self.label_counts:
             known = self.classes
             raise ValueError(
                 f"no row of the bank has label {label} (labels run from {known[0]} to {known[-1]}); "
                 "an unconditional row is marked by -1, not by a null class's number"
             )
-        return self._slices[label]
+        return self._slices.get(label, slice(0, 0))
 
-    def chunks(self, rows: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Pieces of at most ``size`` stored rows, with the number of their first row: (size, D + NUM_EXTRA) views."""
-        for start in range(rows.start, rows.stop, size):
-            yield start, self._table[start : min(start + size, rows.stop)]
+    def table(self, rows: slice) -> Tensor:
+        """Stored rows with their extra columns, (C, D + NUM_EXTRA) float32: a view of float32 rows, else a copy."""
+        if self._table is not None:
+            return self._table[rows]
+        piece = self._extra.new_empty(rows.stop - rows.start, self.num_dims + NUM_EXTRA)
+        piece[:, : self.num_dims] = self._rows[rows]
+        piece[:, self.num_dims :] = self._extra[rows]
+        return piece
+
+    def parts(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Stored rows (C, D) in their dtype, and their extra columns (C, NUM_EXTRA) float32: views."""
+        return self._rows[rows], self._extra[rows]
+
+    @property
+    def origin(self) -> Tensor:
+        """What the network sees of a stored value of 0: () or (D,) float32."""
+        return self._shift
+
+    def to_query(self, direction: Tensor) -> Tensor:
+        """A vector (B, D) whose product with what the network sees is wanted, for products with stored values."""
+        return direction * self._scale
+
+    def from_sums(self, sums: Tensor, weight: Tensor) -> Tensor:
+        """Sums (B, D) of what the network sees, from those of stored values and their weights' sum (B, 1)."""
+        return sums * self._scale + weight * self._shift
 
     def stored(self, rows: Tensor) -> Tensor:
-        """Stored rows by their place in the table (B,): (B, D)."""
-        return self._table[rows, : self.num_dims]
+        """What the network sees of stored rows, by their place on this rank (B,): (B, D) float32."""
+        return self._affine(self._rows[rows].float())
 
-    def log_count(self, rows: Tensor, label: int) -> Tensor:
-        """Log of how often stored rows (B,) occur: in their class, or in the whole bank for label -1: (B,) float32."""
-        return self._table[rows, self.num_dims + count_column(label)]
+    def log_count(self, rows: Tensor, column: Tensor) -> Tensor:
+        """Log of how often stored rows (B,) occur, from the extra columns (B,) of `count_columns`: (B,) float32."""
+        return self._extra[rows, column]
+
+    def place_of(self, index: Tensor) -> Tensor:
+        """Which of this rank's stored rows stands for training rows (B,): (B,) int64; -1 where it is another rank's."""
+        return self._row_of[index.to(self.device)].long()
 
     def rows(self, index: Tensor) -> Tensor:
-        """Training rows by their index in the data set (B,), flips included: (B, ...), bit for bit as given."""
-        return self.stored(self._row_of[index.to(self.device)]).reshape(-1, *self.shape)
+        """What the network sees of training rows (B,), flips included: (B, ...) float32, with the bits of its batches.
+
+        Of a sharded bank the rows come from the ranks that hold them: every rank calls this, with its own index.
+        """
+        return self._look_up(index, self.stored).reshape(-1, *self.shape)
 
     def labels_of(self, index: Tensor) -> Tensor:
-        """Labels of training rows by their index in the data set (B,): (B,) int64; -1 without labels."""
-        if self._labels is None:
+        """Labels of training rows (B,), by their index in the data set: (B,) int64; -1 without labels. See `rows`."""
+        if not self.has_labels:
             return torch.full_like(index, -1, device=self.device)
-        return self._labels[self._row_of[index.to(self.device)]]
+        labels = torch.tensor(list(self._slices), device=self.device)
+        ends = torch.tensor([rows.stop for rows in self._slices.values()], device=self.device)
+        return self._look_up(index, lambda place: labels[torch.searchsorted(ends, place, right=True)])
+
+    def _look_up(self, index: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """A value for each training row (B,), from whichever rank holds it."""
+        if self.group is None:
+            return value_of(self.place_of(index))
+        sizes = ranks.sizes_of(len(index), self.group)
+        place = self.place_of(ranks.gather(index.to(self.device), sizes, self.group))
+        here = place >= 0
+        own = value_of(place[here])
+        values = own.new_zeros(len(place), *own.shape[1:])
+        values[here] = own
+        values = ranks.reduce(values, self.group)
+        return values.split(sizes)[ranks.rank_of(self.group)]
 
     def covariance(self) -> Tensor:
-        """Covariance of the training rows: (D, D) float64."""
+        """Covariance of the training rows: (D, D) float64, the same on all ranks."""
         total = torch.zeros(self.num_dims, self.num_dims, dtype=torch.float64, device=self.device)
-        for _, piece in self.chunks(self.slice_of(-1), 8192):
-            centred = piece[:, : self.num_dims].double() - self.mean
-            total += (centred * piece[:, self.num_dims + 2, None].double().exp()).T @ centred
-        return total / self.num_rows
+        for place in torch.arange(self.num_stored, device=self.device).split(_PIECE):
+            centred = self._affine(self._rows[place].double()) - self.mean
+            total += (centred * self._extra[place, 2, None].double().exp()).T @ centred
+        return ranks.reduce(total, self.group) / self.num_rows
 
     def to(self, device: torch.device | str) -> DataBank:
         """Move the bank, in place as `nn.Module.to` does, so that all who hold it share one copy; returns itself."""
-        self._table = self._table.to(device)
-        self._row_of = self._row_of.to(device)
-        self.mean = self.mean.to(device)
-        if self._labels is not None:
-            self._labels = self._labels.to(device)
+        if self._table is not None:
+            self._table = self._table.to(device)
+            self._rows, self._extra = self._table[:, : self.num_dims], self._table[:, self.num_dims :]
+        else:
+            self._rows, self._extra = self._rows.to(device), self._extra.to(device)
+        self._row_of, self.mean = self._row_of.to(device), self.mean.to(device)
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        self.nearest = None if self.nearest is None else self.nearest.to(device)
         return self
 
     def __len__(self) -> int:
@@ -171,20 +263,23 @@ class DataBank:
         return self
 
     def __repr__(self) -> str:
-        labels = f"{len(self._slices)} labels" if self.has_labels else "no labels"
-        return f"DataBank({self.num_rows} rows, {self.num_distinct} distinct, shape {self.shape}, {labels})"
+        labels = f"{len(self.classes)} labels" if self.has_labels else "no labels"
+        shard = "" if self.group is None else f", {self.num_stored} of them on this rank"
+        return f"DataBank({self.num_rows} rows, {self.num_distinct} distinct{shard}, shape {self.shape}, {labels})"
 
 
-def _check(x1: Tensor, labels: Tensor | None) -> None:
+def _check(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: float | Tensor) -> None:
     if x1.ndim < 2 or x1.shape[0] == 0 or x1[0].numel() == 0:
         raise ValueError(f"a bank needs at least one row of at least one value, got x1 of shape {tuple(x1.shape)}")
-    if not x1.is_floating_point():
-        raise ValueError(f"the bank holds what the network sees, as floating point; x1 is {x1.dtype}: preprocess it")
-    for start in range(0, x1.shape[0], 8192):
-        finite = torch.isfinite(x1[start : start + 8192].float()).flatten(1).all(1)
-        if not bool(finite.all()):
-            row = start + int((~finite).nonzero()[0])
-            raise ValueError(f"row {row} of the bank holds NaN or infinity: find out what preprocessing made it")
+    if not x1.is_floating_point() and x1.dtype != torch.uint8:
+        raise ValueError(f"rows are floating point or uint8; x1 is {x1.dtype}: preprocess it as for the network")
+    if x1.dtype == torch.uint8 and not isinstance(scale, Tensor) and scale == 1:
+        raise ValueError("uint8 rows need the scale and shift that make of them what the network sees")
+    for name, value in (("scale", scale), ("shift", shift)):
+        number = torch.as_tensor(value)
+        if not bool(torch.isfinite(number).all()) or (name == "scale" and bool((number == 0).any())):
+            raise ValueError(f"{name} must be finite, and the scale not 0; got {value}")
+    _check_finite(x1)
     if labels is None:
         return
     if labels.shape != (x1.shape[0],) or labels.is_floating_point():
@@ -196,44 +291,98 @@ def _check(x1: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"labels of bank rows are 0 or larger, got {int(labels.min())}; -1 marks queries only")
 
 
+def _check_finite(x1: Tensor) -> None:
+    if x1.dtype == torch.uint8:
+        return
+    for start in range(0, x1.shape[0], _PIECE):
+        finite = torch.isfinite(x1[start : start + _PIECE].float()).flatten(1).all(1)
+        if not bool(finite.all()):
+            row = start + int((~finite).nonzero()[0])
+            raise ValueError(f"row {row} of the bank holds NaN or infinity: find out what preprocessing made it")
+
+
+def _per_value(value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A number for each value of a row, (D,) float32, or () where it is one for all."""
+    value = torch.as_tensor(value, dtype=torch.float32)
+    return value.reshape(()) if value.numel() == 1 else value.expand(shape).reshape(-1).contiguous()
+
+
+@dataclass
+class _Shard:
+    """The stored rows of one rank."""
+
+    first: Tensor  # (M,) which of the rank's rows each stored row is, sorted by label
+    label: Tensor  # (M,)
+    class_count: Tensor  # (M,) float64, copies with the same label
+    total_count: Tensor  # (M,) float64, copies whatever their label; 0 on all but the first of them
+    place: Tensor  # (N,) int32 stored row of each data set index, or -1 where another rank holds it
+
+
+@dataclass
 class _Distinct:
-    """Which rows are equal: within their label, and over the whole bank."""
+    """Which rows are equal, within their label and over the whole bank: the same on all ranks."""
 
-    def __init__(self, first: Tensor, row_of: Tensor, class_count: Tensor, total_count: Tensor) -> None:
-        self.first = first  # (M,) data set index of each stored row, sorted by label
-        self.row_of = row_of  # (N,) stored row of each data set index
-        self.class_count = class_count  # (M,) float64, copies with the same label
-        self.total_count = total_count  # (M,) float64, copies whatever their label; 0 on all but the first of them
+    offset: int  # data set index of this rank's first row
+    stored: np.ndarray  # (N,) number of the distinct row that stands for each data set index
+    first: np.ndarray  # (M,) data set index of each distinct row, sorted by label
+    label: np.ndarray  # (M,)
+    class_count: np.ndarray  # (M,)
+    total_count: np.ndarray  # (M,)
+
+    def label_counts(self) -> dict[int, int]:
+        """Training rows of each label."""
+        labels, place = np.unique(self.label, return_inverse=True)
+        return dict(zip(labels.tolist(), np.bincount(place, self.class_count).astype(int).tolist(), strict=True))
+
+    def of(self, start: int, stop: int) -> _Shard:
+        """What the rank stores that brought the rows from start to stop."""
+        own = (self.first >= start) & (self.first < stop)
+        place = np.where(own, np.cumsum(own) - 1, -1).astype(np.int32)
+        return _Shard(
+            first=torch.from_numpy(self.first[own] - start),
+            label=torch.from_numpy(self.label[own]),
+            class_count=torch.from_numpy(self.class_count[own]).double(),
+            total_count=torch.from_numpy(self.total_count[own]),
+            place=torch.from_numpy(place[self.stored]),
+        )
 
 
-def _distinct_rows(flat: Tensor, labels: Tensor | None) -> _Distinct:
-    """Group equal rows (by value) of ``flat`` (N, D); the first of each group stands for it."""
-    num_rows = flat.shape[0]
-    image = np.empty(num_rows, dtype=np.int64)  # (N,) the first row with the same values
+def _distinct_rows(flat: Tensor, labels: Tensor | None, group: dist.ProcessGroup | None) -> _Distinct:
+    """Group equal rows (by value) of all ranks' ``flat`` (N_r, D); the first of each group stands for it."""
+    sizes = ranks.sizes_of(len(flat), group)
+    # 128 bits of hash stand for a row: the rows themselves as keys would be a second bank
+    digests = ranks.gather(torch.cat([_digests(piece) for piece in flat.split(_PIECE)]), sizes, group)
+    label = torch.zeros(len(flat), dtype=torch.int64) if labels is None else labels.long().cpu()
+    label = ranks.gather(label, sizes, group).numpy()
     seen: dict[bytes, int] = {}
-    for start in range(0, num_rows, 8192):
-        piece = (flat[start : start + 8192] + 0.0).cpu().numpy()  # + 0.0 makes -0.0 and 0.0 the same bytes
-        for i, row in enumerate(piece, start):
-            # 128 bits of hash stand for the row: the rows themselves as keys would be a second bank
-            image[i] = seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), i)
-    label = np.zeros(num_rows, dtype=np.int64) if labels is None else labels.cpu().numpy()
-    pairs, first, row_of, class_count = np.unique(
+    first_image = [seen.setdefault(digest.tobytes(), i) for i, digest in enumerate(digests.numpy())]
+    image = np.array(first_image)  # (N,) the first row with the same values
+    pairs, first, stored, class_count = np.unique(
         np.stack([label, image], 1), axis=0, return_index=True, return_inverse=True, return_counts=True
     )
     images, first_pair = np.unique(pairs[:, 1], return_index=True)
     total_count = np.zeros(len(pairs))
-    total_count[first_pair] = np.bincount(image, minlength=num_rows)[images]
+    total_count[first_pair] = np.bincount(image, minlength=len(label))[images]
     return _Distinct(
-        torch.from_numpy(first),
-        torch.from_numpy(row_of.reshape(-1)),
-        torch.from_numpy(class_count).double(),
-        torch.from_numpy(total_count),
+        offset=sum(sizes[: ranks.rank_of(group)]),
+        stored=stored.reshape(-1),
+        first=first,
+        label=pairs[:, 0],
+        class_count=class_count,
+        total_count=total_count,
     )
 
 
-def _slices(labels: Tensor | None) -> dict[int, slice]:
-    if labels is None:
-        return {}
+def _digests(rows: Tensor) -> Tensor:
+    """128-bit hashes of rows (C, D), equal for equal values: (C, 16) uint8, on the CPU."""
+    same_zero = rows if rows.dtype == torch.uint8 else rows + 0.0  # makes -0.0 and 0.0 the same bytes
+    data = same_zero.view(torch.uint8).cpu().numpy()
+    hashes = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in data)
+    return torch.frombuffer(bytearray(hashes), dtype=torch.uint8).reshape(-1, 16)
+
+
+def _slices(labels: Tensor) -> dict[int, slice]:
+    """Where each label's rows are, in rows sorted by label (M,)."""
     values, counts = torch.unique_consecutive(labels, return_counts=True)
     ends = counts.cumsum(0).tolist()
     return {v: slice(end - n, end) for v, n, end in zip(values.tolist(), counts.tolist(), ends, strict=True)}

@@ -1,36 +1,29 @@
-"""The exact posterior over the bank and the oracle velocity, in one streaming pass.
+"""The exact posterior over the bank and the oracle velocity.
 
-With log g_i = -||x_t - a x_i||^2 / (2 s^2) + const, all that depends on the row i is linear in the stored row
-[x_i, ||x_i - mean||^2, ...]: one matrix product gives a piece's logits, a second one all weighted sums. Pieces are
-merged by an online log-sum-exp, so memory does not grow with the bank.
-
-Shapes: B queries, C rows of a piece, D values per row.  a = alpha(t), s = sigma(t).
+Shapes: B queries, D values per row.  a = alpha(t), s = sigma(t).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fm_stages.flow import Path, check_time, expand_time
-from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_column
-from fm_stages.oracle.rescoring import COARSE, MAX_CANDIDATES, rescore, rounding_error
+from fm_stages.oracle import ranks
+from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_columns
+from fm_stages.oracle.kernels import full_precision
+from fm_stages.oracle.merge import Partial
+from fm_stages.oracle.rescoring import rescore
+from fm_stages.oracle.skipping import certified
+from fm_stages.oracle.stream import Pairs, Stream, Sums
 
 MAX_QUERIES = 1024
 """Queries per pass; more are taken in turn, so that working memory does not grow with the batch either."""
 
 MAX_QUERY_VALUES = 2**22
 """Values of the queries in one pass, whose float64 copies take 32 MiB each."""
-
-LEAST_LOGIT = -40.0
-"""Floor of a logit relative to the peak. Weights below e^-40 = 4e-18 would be lost in float32 sums anyway, and a
-product with denormal numbers is 200 times slower on a CPU."""
 
 SMALLEST_SIGMA = 1e-8
 """Stands for sigma = 0, where the posterior is its limit: the nearest row."""
@@ -55,71 +48,63 @@ class Posterior:
     variance: Tensor
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32: no autocast, no TF32 or bf16 in disguise. Restores what it found."""
-    # torch has an older setting and newer ones by backend; products on CUDA fail while the two contradict each other
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    newer = [backend.fp32_precision for backend in backends]
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # someone has set the newer ones only
-        older = None
-    torch.set_float32_matmul_precision("highest")  # the newer ones follow
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
-        for backend, precision in zip(backends, newer, strict=True):
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
-
-
 class Oracle:
     """The exact oracle velocity of a bank along a path.  Source: arXiv 2512.02826, Theorem 2.1.
 
-    Not an `nn.Module`, and deep-copies to itself: it must never travel with a model.
+    Not an `nn.Module`, and deep-copies to itself: it must never travel with a model. If the bank is sharded, every rank
+    of its group makes the oracle and enters every call, with no queries if need be: queries are gathered, each rank
+    sums over its rows, and the sums are merged.
 
     Args:
         bank: the training distribution.
         path: the path that x_t was made with.
+        tolerance: share of a query's posterior mass that may be left out where that saves work (`stream`, `skipping`);
+            0: none.
+
+    Raises:
+        TypeError: without a bank.
+        ValueError: if the tolerance is not in [0, 1e-3].
     """
 
-    def __init__(self, bank: DataBank, path: Path) -> None:
+    def __init__(self, bank: DataBank, path: Path, tolerance: float = 1e-6) -> None:
         if not isinstance(bank, DataBank):
             raise TypeError(f"the oracle needs a DataBank (DataBank(x1, labels)), got {type(bank).__name__}")
+        if not 0 <= tolerance <= 1e-3:
+            raise ValueError(f"the tolerance is a share of the posterior mass in [0, 1e-3], got {tolerance}")
         self.bank = bank
         self.path = path
+        self.tolerance = tolerance
 
     @torch.no_grad()
-    def posterior(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Posterior:
+    def posterior(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Posterior:
         """Posterior over the bank given x_t, and its statistics.
 
         Args:
             x_t: (B, ...), in the units of the bank.
             t: (B,), in [0, 1]; where sigma(t) = 0 the answer is the limit, the nearest row.
             labels: (B,) int64; row b is conditioned on its class, or on the whole bank where labels is -1.
+            index: (B,) int64; row of the bank that x_t was made from, by interpolation with fresh noise. Enables
+                skipping whole queries; wrong for sampler states or held-out images, which have no such row.
 
         Returns:
-            The posterior, computed in float32 whatever autocast says.
+            The posterior, computed in float32 or better whatever autocast says.
 
         Raises:
-            ValueError: if shapes, devices or times do not fit, or a label has no row in the bank.
+            ValueError: if shapes, devices or times do not fit, or a label has no row in the bank; on all ranks if on
+                one.
         """
-        labels = self._check(x_t, t, labels)
-        parts = []
+        with ranks.together(self.bank.group):
+            labels = self._check(x_t, t, labels)
+        flat = x_t.float().flatten(1) if len(x_t) else x_t.float().reshape(0, self.bank.num_dims)
         with full_precision(x_t.device):
-            size = max(1, min(MAX_QUERIES, MAX_QUERY_VALUES // self.bank.num_dims))
-            for block in torch.arange(len(x_t), device=x_t.device).split(size):
-                for label in torch.unique(labels[block]).tolist():
-                    query = block[labels[block] == label]
-                    parts.append((query, self._posterior(x_t[query].float().flatten(1), t[query], label)))
-        order = torch.argsort(torch.cat([query for query, _ in parts]))
-        joined = {f.name: torch.cat([getattr(part, f.name) for _, part in parts])[order] for f in fields(Posterior)}
-        joined["mean"] = joined["mean"].reshape(x_t.shape).to(x_t.dtype)
-        return Posterior(**joined)
+            part = Partial.empty(flat)
+            open_ = torch.ones_like(t, dtype=torch.bool)
+            if index is not None and self._may_skip():
+                rows = self.bank.rows(index).flatten(1)
+                open_ = ~certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
+                part[~open_] = Partial.certain(rows[~open_])
+            part[open_] = self._gathered(flat[open_], t[open_], labels[open_])
+        return self._finish(part, x_t)
 
     @torch.no_grad()
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -128,10 +113,11 @@ class Oracle:
         Raises:
             ValueError: also where sigma(t) = 0: u* is undefined there, so a solver's last step should start earlier.
         """
-        check_time(t)
-        wide, t = x_t.float(), t.float()
-        if bool((self.path.sigma(t) == 0).any()):
-            raise ValueError("the oracle velocity is undefined at t = 1: let the time grid end with an Euler step")
+        with ranks.together(self.bank.group):
+            check_time(t)
+            wide, t = x_t.float(), t.float()
+            if bool((self.path.sigma(t) == 0).any()):
+                raise ValueError("the oracle velocity is undefined at t = 1: let the time grid end with an Euler step")
         return self.path.velocity_from_mean(self.posterior(wide, t, labels).mean, wide, t).to(x_t.dtype)
 
     @torch.no_grad()
@@ -141,11 +127,12 @@ class Oracle:
         """Oracle velocity at x_t = interpolate(x0, x1, t), finite and accurate up to t -> 1.
 
         Args:
-            x0: (B, ...) noise.
+            x0: (B, ...) noise, fresh: independent of the bank.
             x1: (B, ...) rows of the bank, in the same bits: a rounded copy makes a floor where there is none.
             t: (B,), in [0, 1].
             labels: (B,) int64 as the network sees them, -1 = unconditional; see `posterior`.
-            index: (B,) int64 rows of the training set, flips included; x1 is then read from the bank.
+            index: (B,) int64 rows of the training set, flips included; x1 is then read from the bank, and queries that
+                have certainly collapsed on it are skipped.
 
         Returns:
             u* (B, ...), float32.
@@ -153,7 +140,7 @@ class Oracle:
         if index is not None:
             x1 = self.bank.rows(index)
         x0, x1, t = x0.float(), x1.float(), t.float()
-        mean = self.posterior(self.path.interpolate(x0, x1, t), t, labels).mean
+        mean = self.posterior(self.path.interpolate(x0, x1, t), t, labels, index).mean
         return self.target_from_mean(mean, x0, x1, t)
 
     def target_from_mean(self, mean: Tensor, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -167,7 +154,7 @@ class Oracle:
         return self
 
     def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        if tuple(x_t.shape[1:]) != self.bank.shape or len(x_t) == 0:
+        if tuple(x_t.shape[1:]) != self.bank.shape or (len(x_t) == 0 and self.bank.group is None):
             raise ValueError(
                 f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}"
             )
@@ -184,149 +171,76 @@ class Oracle:
                 f"need one integer label per query, -1 for unconditional: got {labels.dtype} of shape "
                 f"{tuple(labels.shape)} for {len(x_t)} queries"
             )
+        for label in labels.unique().tolist():
+            self.bank.slice_of(label)  # raises if there is none
         return labels
 
-    def _posterior(self, x_t: Tensor, t: Tensor, label: int) -> Posterior:
-        """Posterior of queries (B, D) float32 that share a label."""
-        query = self._queries(x_t, t, label)
-        sums, in_question = _stream(query, self.bank, self.bank.slice_of(label), rounding_error(query, self.bank))
-        mean = sums.rows / sums.weight
-        posterior = Posterior(
-            mean=mean,
-            top1=1 / sums.weight[:, 0],
-            ess=sums.weight[:, 0].square() / sums.square,
-            entropy=(sums.weight[:, 0].log() - sums.depth / sums.weight[:, 0]).clamp(min=0),
-            variance=self._variance(sums, mean, x_t, t, label).float().clamp(min=0),
-        )
-        if in_question is not None and len(in_question[0]):
-            again = in_question[0].unique()
-            better = rescore(self.bank, x_t, *self._coefficients(t), label, in_question)
-            for name, value in better.items():
-                getattr(posterior, name)[again] = value[again]
-        return posterior
+    def _may_skip(self) -> bool:
+        """Whether whole queries may be certified: distances are there, and weights are those of the bank's rows."""
+        return self.tolerance > 0 and self.bank.nearest is not None
+
+    def _gathered(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
+        """The posterior of queries (B, D) float32 over the bank, of all ranks together."""
+        group = self.bank.group
+        if group is None:
+            return self._partial(x_t, t, labels)
+        ranks.agree({"tolerance": self.tolerance, "path": type(self.path).__name__}, group)
+        sizes = ranks.sizes_of(len(x_t), group)
+        x_t, t, labels = (ranks.gather(x, sizes, group) for x in (x_t, t.double(), labels.long()))
+        merged = self._partial(x_t, t, labels).merge_ranks(group)
+        start = sum(sizes[: ranks.rank_of(group)])
+        return merged[start : start + sizes[ranks.rank_of(group)]]
+
+    def _partial(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
+        """The posterior of queries (B, D) over the rows of this rank."""
+        part = Partial.empty(x_t)
+        size = max(1, min(MAX_QUERIES, MAX_QUERY_VALUES // self.bank.num_dims))
+        for queries in torch.argsort(labels, stable=True).split(size):
+            part[queries] = self._of_sorted(x_t[queries], t[queries], labels[queries])
+        return part
+
+    def _of_sorted(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
+        """The posterior of queries (B, D) float32 in the order of their labels, over the rows of this rank."""
+        a, s = self._coefficients(t)
+        column = count_columns(labels)
+        query, offset = self._factors(x_t, a, s, column)
+        label, num = torch.unique_consecutive(labels, return_counts=True)
+        groups = zip(query.split(num.tolist()), label.tolist(), strict=True)
+        streams = [Stream(self.bank, own, label, self.tolerance) for own, label in groups]
+        sums = Sums.cat([stream.sums for stream in streams]).partial(self.bank, x_t, a, s, column, offset)
+        pairs = Pairs.cat([stream.pairs for stream in streams], (num.cumsum(0) - num).tolist(), x_t.device)
+        return sums.merge(rescore(self.bank, x_t, a, s, column, pairs.query, pairs.row))
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B, 1) in float64, from the times as they were given."""
+        """alpha and sigma (B, 1) of the weights in float64, from the times as they were given."""
         wide = t.double()
         return self.path.alpha(wide)[:, None], self.path.sigma(wide).clamp(min=SMALLEST_SIGMA)[:, None]
 
-    def _queries(self, x_t: Tensor, t: Tensor, label: int) -> Tensor:
-        """The factor (B, D + NUM_EXTRA) whose product with stored rows gives logits.
+    def _factors(self, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor (B, D + NUM_EXTRA) whose product with stored rows gives logits, and what these leave out.
 
-        log g_i = (a / s^2) (x_t - a mean) . x_i - a^2 / (2 s^2) ||x_i - mean||^2 + log count_i + const. Taking the
-        mean out of the query is exact and shrinks the terms that are subtracted: rounding errors fall several-fold.
+        With r = x_t - a mean and y = x - mean, log g_i = (a / s^2) r . y_i - a^2 / (2 s^2) ||y_i||^2 + log count_i
+        - ||r||^2 / (2 s^2). The last term is the same for all rows, and so is what r . y differs by from the product of
+        r with stored values. Taking the mean out of the query is exact and shrinks the terms that are subtracted:
+        rounding errors fall several-fold.
         """
-        a, s = self._coefficients(t)
-        query = torch.zeros(len(x_t), self.bank.num_dims + NUM_EXTRA, device=x_t.device)
-        query[:, : self.bank.num_dims] = (a / s**2 * (x_t - a * self.bank.mean)).float()
-        query[:, self.bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
-        query[:, self.bank.num_dims + count_column(label)] = 1
-        return query
+        bank = self.bank
+        away = x_t - a * bank.mean  # float64
+        query = torch.zeros(len(x_t), bank.num_dims + NUM_EXTRA, device=x_t.device)
+        query[:, : bank.num_dims] = bank.to_query(a / s**2 * away).float()
+        query[:, bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
+        query.scatter_(1, bank.num_dims + column[:, None], 1.0)
+        across = (away * (bank.origin - bank.mean)).sum(1)
+        offset = (a / s**2)[:, 0] * across - away.square().sum(1) / (2 * s[:, 0] ** 2)
+        return query, offset
 
-    def _variance(self, sums: _Sums, mean: Tensor, x_t: Tensor, t: Tensor, label: int) -> Tensor:
-        """Sum of g_i ||x_i - m||^2: (B,) float64, without subtracting numbers much larger than the result.
-
-        Centred at the bank's mean while a < s; from there on at the best row r, with l the logits and
-        ||x_i - x_r||^2 = 2 (s/a)^2 (l_r - l_i) + (2/a) (x_t - a x_r) . (x_i - x_r): every term vanishes with the other
-        rows' weights, as it must where A_t^2 multiplies the variance.
-        """
-        a, s = self._coefficients(t)
-        mean, weight = mean.double(), sums.weight.double()
-        centre = self.bank.mean
-        early = sums.extra[:, :1] / weight - (mean - centre).square().sum(1, keepdim=True)
-
-        best = self.bank.stored(sums.best).double()
-        count = count_column(label)
-        log_count = self.bank.log_count(sums.best, label)[:, None] - sums.extra[:, count : count + 1] / weight
-        depth = -sums.depth[:, None] / weight - log_count  # l_r minus the mean of l, copies left out
-        across = ((x_t - a * best) * (mean - best)).sum(1, keepdim=True)
-        late = 2 * (s / a) ** 2 * depth + 2 / a * across - (mean - best).square().sum(1, keepdim=True)
-        return torch.where(a < s, early, late)[:, 0]
-
-
-@dataclass
-class _Sums:
-    """Sums over bank rows with weights p_i = exp(l_i - peak)."""
-
-    peak: Tensor  # (B, 1) largest logit so far
-    best: Tensor  # (B,) its stored row
-    total: Tensor  # (B, D + NUM_EXTRA) sum of p_i times the stored row
-    depth: Tensor  # (B,) sum of p_i (l_i - peak)
-    square: Tensor  # (B,) sum of p_i^2
-
-    @property
-    def rows(self) -> Tensor:
-        return self.total[:, :-NUM_EXTRA]
-
-    @property
-    def extra(self) -> Tensor:
-        return self.total[:, -NUM_EXTRA:]
-
-    @property
-    def weight(self) -> Tensor:  # (B, 1) sum of p_i
-        return self.total[:, -NUM_EXTRA + 1, None]
-
-    def raise_peak(self, peak: Tensor) -> None:
-        """Express the sums relative to a new, larger peak (B, 1)."""
-        rise = self.peak - peak
-        shrink = torch.where(rise < 2 * LEAST_LOGIT, 0.0, torch.exp(rise))
-        self.depth = shrink[:, 0] * (self.depth + (rise * self.weight)[:, 0])
-        self.square = shrink[:, 0].square() * self.square
-        self.total *= shrink
-        self.peak = peak
-
-    def add(self, queries: Tensor | slice, logits: Tensor, piece: Tensor) -> None:
-        """Add a piece (C, D + NUM_EXTRA) with logits (B, C), which are overwritten, for some of the queries."""
-        logits.sub_(self.peak[queries]).clamp_(min=LEAST_LOGIT)
-        weights = torch.exp(logits)
-        self.depth[queries] += torch.linalg.vecdot(weights, logits)
-        self.square[queries] += torch.linalg.vecdot(weights, weights)
-        if isinstance(queries, slice):
-            self.total.addmm_(weights, piece)
-        else:
-            self.total[queries] += weights @ piece
-
-
-def _stream(query: Tensor, bank: DataBank, rows: slice, error: Tensor) -> tuple[_Sums, tuple[Tensor, Tensor] | None]:
-    """One pass over the bank's rows: logits, online softmax and weighted sums, for queries (B, D + NUM_EXTRA).
-
-    Where the rounding ``error`` (B, 1) of a query's logits matters, the rows that may hold some of its mass come back
-    as pairs (P,), (P,) of query and stored row.
-    """
-    num = len(query)
-    sums = _Sums(
-        peak=torch.full((num, 1), -1e38, device=query.device),
-        best=torch.zeros(num, dtype=torch.int64, device=query.device),
-        total=torch.zeros_like(query),
-        depth=torch.zeros(num, device=query.device),
-        square=torch.zeros(num, device=query.device),
-    )
-    # a piece whose best weight is this far below the peak adds less than e^-18 in all, under float32 rounding
-    negligible = math.log(rows.stop - rows.start) + 18
-    # about the size of the caches: the logits of a piece are read several times
-    elements = 2**20 if query.device.type == "cpu" else 2**25
-    margin = negligible + 2 * error
-    coarse = (error > COARSE)[:, 0]
-    in_question = []
-    for start, piece in bank.chunks(rows, max(512, elements // num)):
-        logits = query @ piece.T  # (B, C)
-        peak = logits.amax(1, keepdim=True)
-        better = (peak > sums.peak)[:, 0].nonzero()[:, 0]
-        if len(better):
-            sums.best[better] = start + logits[better].argmax(1)
-            sums.raise_peak(torch.maximum(sums.peak, peak))
-        active = (peak >= sums.peak - margin)[:, 0].nonzero()[:, 0]
-        if len(doubtful := active[coarse[active]]):
-            candidates = logits[doubtful] >= (sums.peak - margin)[doubtful]
-            coarse[doubtful[candidates.sum(1) > MAX_CANDIDATES]] = False  # a broad posterior averages its errors out
-            near = candidates.nonzero()
-            in_question.append((doubtful[near[:, 0]], near[:, 1] + start))
-        if len(active) == num:
-            sums.add(slice(None), logits, piece)
-        elif len(active):
-            sums.add(active, logits[active], piece)
-    if not in_question:
-        return sums, None
-    queries, stored = (torch.cat(column) for column in zip(*in_question, strict=True))
-    kept = coarse[queries]
-    return sums, (queries[kept], stored[kept])
+    def _finish(self, part: Partial, x_t: Tensor) -> Posterior:
+        """Statistics of the whole posterior. Where all mass is on one row the mean has its bits."""
+        step = part.moment / part.weight[:, None]
+        return Posterior(
+            mean=(part.best + step).to(x_t.dtype).reshape(x_t.shape),
+            top1=(1 / part.weight).float(),
+            ess=(part.weight.square() / part.square).float(),
+            entropy=(part.weight.log() - part.depth / part.weight).clamp(min=0).float(),
+            variance=(part.spread / part.weight - step.square().sum(1)).clamp(min=0).float(),
+        )

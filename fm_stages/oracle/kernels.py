@@ -1,0 +1,143 @@
+"""The two matrix products of the oracle, accurate as float32 whatever the rows are stored as.
+
+On a CPU they are float32 products. Tensor cores multiply halves exactly and add up in float32, so on CUDA each float32
+operand is split into two float16 terms, x = 2^-k (high + 2^-11 low), which hold 22 bits; 8-bit, float16 and (scaled by a
+power of two) bfloat16 rows are one term. Two or three products of halves then do what one in float32 would, and the
+term that is left out, low x low, is 2^-22 of the result.  Source of the scheme: Ootomo and Yokota, arXiv 2203.03341.
+
+Shapes: B queries, C rows of a piece, D values per row.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_stages.oracle.bank import DataBank
+
+LOW = 2.0**-11
+"""Of a split number's low term: float16 has 11 bits."""
+
+WEIGHT_SCALE = 2.0**15
+"""Makes of a weight of 1 nearly the largest float16, so that small weights keep their bits."""
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 products in float32: no autocast, no TF32 or bf16 in disguise. Restores what it found."""
+    # torch has an older setting and newer ones by backend; products on CUDA fail while the two contradict each other
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    newer = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # someone has set the newer ones only
+        older = None
+    torch.set_float32_matmul_precision("highest")  # the newer ones follow
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, newer, strict=True):
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+
+def products(bank: DataBank, query: Tensor) -> Products:
+    """The way to multiply that suits the device of the bank."""
+    return SplitProducts(bank, query) if query.device.type == "cuda" else PlainProducts(bank, query)
+
+
+class Products(ABC):
+    """Products of stored rows with queries (B, D + extra) and with weights."""
+
+    def __init__(self, bank: DataBank, query: Tensor) -> None:
+        self.bank = bank
+        self.query = query
+
+    @abstractmethod
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """Write query @ rows.T (B, C) into ``out``."""
+
+    @abstractmethod
+    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
+        """Weights (b, C) in [0, 1] @ rows with their extra columns: (b, D + extra) float32."""
+
+
+class PlainProducts(Products):
+    """Float32 products."""
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """See `Products`."""
+        torch.mm(self.query, self.bank.table(rows).T, out=out)
+
+    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
+        """See `Products`."""
+        return weights @ self.bank.table(rows)
+
+
+class SplitProducts(Products):
+    """Products of float16 terms that are added up in float32.
+
+    Args:
+        bank: the training set.
+        query: (B, D + extra) float32 factors of the logits.
+    """
+
+    def __init__(self, bank: DataBank, query: Tensor) -> None:
+        super().__init__(bank, query)
+        direction, self._extra = query.split([bank.num_dims, query.shape[1] - bank.num_dims], 1)
+        # powers of two, so that scaling is exact: rows stay below 2^15, queries below 2
+        self._row_scale = 2.0 ** (14 - math.frexp(bank.max_norm)[1])
+        self._query_scale = torch.exp2(-torch.frexp(direction.abs().amax(1, keepdim=True)).exponent.float())
+        self._terms = torch.cat(split(direction * self._query_scale))  # (2 B, D) float16
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """See `Products`."""
+        high, *low = self._rows(rows)
+        torch.add(*_halves(multiply(self._terms, high.T)), alpha=LOW, out=out)
+        for term in low:
+            out.add_(multiply(self._terms[: len(out)], term.T), alpha=LOW)
+        out.div_(self._query_scale * self._row_scale)
+        out.addmm_(self._extra, self.bank.parts(rows)[1].T)
+
+    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
+        """See `Products`."""
+        high, *low = self._rows(rows)
+        terms = torch.cat(split(weights * WEIGHT_SCALE))  # (2 b, C) float16
+        total = torch.add(*_halves(multiply(terms, high)), alpha=LOW)
+        for term in low:
+            total.add_(multiply(terms[: len(weights)], term), alpha=LOW)
+        return torch.cat([total.div_(WEIGHT_SCALE * self._row_scale), weights @ self.bank.parts(rows)[1]], 1)
+
+    def _rows(self, rows: slice) -> tuple[Tensor, ...]:
+        """The terms of a piece, each (C, D) float16: two of float32 rows, one of any other."""
+        stored = self.bank.parts(rows)[0]
+        if stored.dtype == torch.float32:
+            return split(stored * self._row_scale)
+        return ((stored.float() * self._row_scale).half(),)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float16 terms of a float32 tensor: x = high + LOW * low to 22 bits, for |x| < 65504."""
+    high = x.half()
+    return high, ((x - high.float()) / LOW).half()
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Product of float16 matrices, added up and returned in float32."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # products of halves are exact in float32: the plain twin
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    upper, lower = x.chunk(2)
+    return upper, lower

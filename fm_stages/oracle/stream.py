@@ -1,0 +1,245 @@
+"""One pass over a bank's rows: logits, and of the rows that matter their weighted sums.
+
+With log g_i = -||x_t - a x_i||^2 / (2 s^2) + const, all that depends on the row i is linear in the stored row
+[x_i, ||x_i - mean||^2, ...]: one matrix product gives the logits, a second one all weighted sums. The bank goes by in
+pieces, so memory does not grow with it.
+
+**What is left out.** After the first product the logits are known, so rows can be dropped whose mass is known to be
+small: with the peak l_max, of rows below l_max - log(N / tolerance) all N together hold less than the tolerance. Of a
+query with few rows above, those are summed one by one in float64 (`rescoring`); for others, pieces without any are
+passed over. Early pieces are compared with the largest logit until then, which can only keep more.
+
+Shapes: B queries, S rows of a piece, D values per row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fm_stages.oracle.bank import NUM_EXTRA, DataBank
+from fm_stages.oracle.kernels import Products, products
+from fm_stages.oracle.merge import Partial
+
+LEAST_LOGIT = -40.0
+"""Floor of a logit relative to the peak. Weights below e^-40 = 4e-18 would be lost in float32 sums anyway, and a
+product with denormal numbers is 200 times slower on a CPU."""
+
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Rounding error of a logit, over the norms of its two factors: more than is seen at D = 1, where nothing averages."""
+
+COARSE = 1e-3
+"""Rounding error of a logit from which on a query is scored again if at all possible."""
+
+MAX_CANDIDATES = 1024
+"""Rows above the threshold, in one piece, up to which such a query is scored again."""
+
+FEW = 8
+"""The same for other queries: summing this many rows one by one is cheaper than the second product."""
+
+CPU_VALUES, CPU_PART = 2**22, 4096
+"""Logits of a piece at a time on a CPU, and rows of it that the second product takes or leaves."""
+
+BLOCK = 64
+"""Rows whose largest logit is found first."""
+
+
+@dataclass
+class Pairs:
+    """Queries and rows that matter to them, with their logits: (P,) each."""
+
+    query: Tensor
+    row: Tensor
+    logit: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> Pairs:
+        return Pairs(self.query[chosen], self.row[chosen], self.logit[chosen])
+
+    @classmethod
+    def cat(cls, parts: list[Pairs], first: list[int], device: torch.device) -> Pairs:
+        """Several as one; ``first`` is what each one's queries count from."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(
+            torch.cat([nothing, *(part.query + start for part, start in zip(parts, first, strict=True))]),
+            torch.cat([nothing, *(part.row for part in parts)]),
+            torch.cat([nothing.float(), *(part.logit for part in parts)]),
+        )
+
+
+class Stream:
+    """The pass over the rows of a label, for queries that share it.
+
+    Args:
+        bank: the training set.
+        query: (B, D + NUM_EXTRA) float32, the factor whose product with stored rows gives logits.
+        label: of the queries, -1 = unconditional.
+        tolerance: share of a query's mass that may be left out; 0 = nothing is.
+
+    Attributes:
+        sums: over the rows of pieces that matter to queries with many rows.
+        pairs: the rows that matter to queries with few, which are not in the sums.
+    """
+
+    def __init__(self, bank: DataBank, query: Tensor, label: int, tolerance: float) -> None:
+        num, device = len(query), query.device
+        self._products: Products = products(bank, query)
+        rows = bank.slice_of(label)
+        error = rounding_error(query, bank)  # (B,)
+        # with tolerance 0 only the queries that are scored again leave out what float32 sums would lose
+        left_out = math.log(max(rows.stop - rows.start, 1)) - math.log(tolerance or 1e-8)
+        self._margin = (left_out + 2 * error)[:, None]  # (B, 1)
+        self._most = torch.where(error > COARSE, MAX_CANDIDATES, FEW if tolerance else -1)  # (B,)
+        self._skips = tolerance > 0
+        self._peak = torch.full((num, 1), -torch.inf, device=device)  # largest logit so far
+        self.sums = Sums.zeros(num, query.shape[1], device)
+
+        # on a CPU the logits should stay in its caches, where they are read several times
+        on_cpu = device.type == "cpu"
+        size = max((CPU_VALUES if on_cpu else 2**27) // num // BLOCK, 1) * BLOCK
+        self._size = min(size, -(-(rows.stop - rows.start) // BLOCK) * BLOCK)
+        self._part = min(CPU_PART if on_cpu else 65536, self._size)  # rows that the second product takes or leaves
+        self._logits = torch.empty(num, self._size, device=device)
+        self._work = torch.empty(2, num * self._part, device=device)
+        found = [self._add(slice(start, min(start + size, rows.stop))) for start in range(rows.start, rows.stop, size)]
+        pairs = Pairs.cat(found, [0] * len(found), device)
+        # the threshold has risen since
+        self.pairs = pairs[pairs.logit >= (self._peak - self._margin)[pairs.query, 0]]
+
+    def _add(self, rows: slice) -> Pairs:
+        size = rows.stop - rows.start
+        logits = self._logits[:, : -(-size // BLOCK) * BLOCK]
+        logits[:, size:] = -torch.inf
+        self._products.logits(rows, logits[:, :size])
+        blocks = logits.unflatten(1, (-1, BLOCK))
+        tops = blocks.amax(2)  # (B, S / BLOCK)
+        peak, top = tops.max(1, keepdim=True)
+        self._peak = torch.maximum(self._peak, peak)
+        threshold = self._peak - self._margin
+        near = tops >= threshold
+        many, pairs = self._put_aside(blocks, near, threshold, rows.start)
+        better = (many & (peak > self.sums.peak)[:, 0]).nonzero()[:, 0]
+        if len(better):
+            block = top[better, 0]
+            inside = blocks[better, block].argmax(1)
+            self.sums.raise_peak(better, peak[better], rows.start + block * BLOCK + inside)
+        for first in range(0, size, self._part):
+            last = min(first + self._part, size)
+            active = many & near[:, first // BLOCK : -(-last // BLOCK)].any(1) if self._skips else many
+            queries = active.nonzero()[:, 0]
+            if len(queries):
+                self._sum(queries, logits[:, first:last], slice(rows.start + first, rows.start + last))
+        return pairs
+
+    def _put_aside(self, blocks: Tensor, near: Tensor, threshold: Tensor, start: int) -> tuple[Tensor, Pairs]:
+        """Which queries (B,) have many rows above the threshold, and the rows of those that have few."""
+        few = near.sum(1) <= self._most
+        query, block = (near & few[:, None]).nonzero(as_tuple=True)
+        logits = blocks[query, block]  # (P, BLOCK)
+        above = logits >= threshold[query]
+        num = torch.zeros_like(self._most).index_add_(0, query, above.sum(1))
+        few &= num <= self._most
+        which, column = (above & few[query, None]).nonzero(as_tuple=True)
+        return ~few, Pairs(query[which], start + block[which] * BLOCK + column, logits[which, column])
+
+    def _sum(self, queries: Tensor, logits: Tensor, rows: slice) -> None:
+        """Add rows with logits (B, C) to the sums of some queries (b,)."""
+        relative, weights = (work[: len(queries) * logits.shape[1]].view(len(queries), -1) for work in self._work)
+        sums = self.sums
+        torch.index_select(logits, 0, queries, out=relative)
+        relative.sub_(sums.peak[queries]).clamp_(min=LEAST_LOGIT)
+        torch.exp(relative, out=weights)
+        sums.square.index_add_(0, queries, torch.linalg.vector_norm(weights, dim=1).square())
+        sums.depth.index_add_(0, queries, relative.mul_(weights).sum(1))
+        sums.total.index_add_(0, queries, self._products.weighted_sum(weights, rows))
+
+
+@dataclass
+class Sums:
+    """Float32 sums over rows with weights p_i = exp(l_i - peak)."""
+
+    peak: Tensor  # (B, 1) largest logit among the rows that are summed
+    best: Tensor  # (B,) its row
+    total: Tensor  # (B, D + NUM_EXTRA) sum of p_i times the stored row
+    depth: Tensor  # (B,) sum of p_i (l_i - peak)
+    square: Tensor  # (B,) sum of p_i^2
+
+    @classmethod
+    def zeros(cls, num: int, columns: int, device: torch.device) -> Sums:
+        """No rows yet: any logit is larger than the peak."""
+        return cls(
+            peak=torch.full((num, 1), -torch.inf, device=device),
+            best=torch.zeros(num, dtype=torch.int64, device=device),
+            total=torch.zeros(num, columns, device=device),
+            depth=torch.zeros(num, device=device),
+            square=torch.zeros(num, device=device),
+        )
+
+    @classmethod
+    def cat(cls, parts: list[Sums]) -> Sums:
+        """The sums of several groups of queries, one after the other."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of p_i: (B,)."""
+        return self.total[:, -NUM_EXTRA + 1]
+
+    def raise_peak(self, queries: Tensor, peak: Tensor, best: Tensor) -> None:
+        """Express the sums of some queries (b,) relative to a new, larger peak (b, 1), that of the row ``best``."""
+        rise = torch.nan_to_num(self.peak[queries] - peak, neginf=2 * LEAST_LOGIT)
+        shrink = torch.where(rise < 2 * LEAST_LOGIT, 0.0, torch.exp(rise))
+        self.depth[queries] = shrink[:, 0] * (self.depth[queries] + rise[:, 0] * self.weight[queries])
+        self.square[queries] *= shrink[:, 0].square()
+        self.total[queries] *= shrink
+        self.peak[queries] = peak
+        self.best[queries] = best
+
+    def partial(self, bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor, offset: Tensor) -> Partial:
+        """The sums in the form that merges.
+
+        The spread ||x_i - best||^2 about the best row r comes from the bank's mean while a < s. From there on, with
+        logits l without counts, from ||x_i - r||^2 = 2 (s/a)^2 (l_r - l_i) + (2/a) (x_t - a r) . (x_i - r): every term
+        vanishes with the other rows' weights, as it must where A_t^2 multiplies the spread.
+
+        Args:
+            bank: the training set.
+            x_t: (B, D) float32 queries.
+            a: (B, 1) float64, of the weights.
+            s: (B, 1) float64.
+            column: (B,) which of the extra columns holds the log counts that are in the logits.
+            offset: (B,) float64, what makes of a logit -||x_t - a x||^2 / (2 s^2) + log count.
+        """
+        used = self.weight > 0
+        weight = self.weight.double()
+        total, extra = self.total.double().split([bank.num_dims, NUM_EXTRA], 1)
+        best, log_count = total.new_zeros(total.shape), torch.zeros_like(weight)
+        best[used], log_count[used] = (
+            bank.stored(self.best[used]).double(),
+            bank.log_count(self.best[used], column[used]).double(),
+        )
+        moment = torch.where(used[:, None], bank.from_sums(total, weight[:, None]) - weight[:, None] * best, 0.0)
+
+        from_mean = best - bank.mean
+        early = extra[:, 0] - 2 * (moment * from_mean).sum(1) - weight * from_mean.square().sum(1)
+        late = 2 / a[:, 0] * ((x_t - a * best) * moment).sum(1)
+        log_counts = extra.gather(1, column[:, None])[:, 0]
+        late += 2 * (s / a)[:, 0] ** 2 * (log_counts - weight * log_count - self.depth.double())
+        spread = torch.where(a[:, 0] < s[:, 0], early, late).clamp(min=0)
+        return Partial(
+            peak=torch.where(used, self.peak[:, 0].double() + offset, -torch.inf),
+            best=best,
+            weight=weight,
+            square=self.square.double(),
+            depth=self.depth.double(),
+            moment=moment,
+            spread=torch.where(used, spread, 0.0),
+        )
+
+
+def rounding_error(query: Tensor, bank: DataBank) -> Tensor:
+    """Bound (B,) on the rounding error of the logits that the factors ``query`` (B, D + NUM_EXTRA) give."""
+    products = query[:, : bank.num_dims].norm(dim=1) * bank.max_norm
+    return ROUNDING * (products + query[:, bank.num_dims].abs() * bank.max_spread)
