@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fm_stages.oracle import ranks
+from fm_stages.oracle.distinct import PIECE, Shard, distinct_rows
 
 NUM_EXTRA = 4
 """Columns kept behind each row's values: what lets one matrix product yield logits and sums at once."""
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 """What rows are stored as: as they come."""
-
-_PIECE = 8192
-"""Rows that are worked on at a time where something is done to all of them once."""
 
 _NEVER = -1e4
 """Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern, and
@@ -36,9 +32,9 @@ class DataBank:
     """The training set, point by point, in the form that the oracle's two matrix products want.
 
     What the network sees of row i is ``scale * x1[i] + shift`` in float32; stored is x1 in its own dtype, so that a
-    bank of 8-bit pixels takes a byte per value. Equal rows are stored once with their count, so that k copies of an image
-    weigh k times without capping top1 at 1/k. Rows are sorted by label, so that a class is a slice. A plain object that
-    deep-copies to itself: neither a copied module nor a checkpoint may carry the training set.
+    bank of 8-bit pixels takes a byte per value. Equal rows are stored once with their count, so that k copies of an
+    image weigh k times without capping top1 at 1/k. Rows are sorted by label, so that a class is a slice. A plain object
+    that deep-copies to itself: neither a copied module nor a checkpoint may carry the training set.
 
     With a process group the bank is *sharded*: each rank brings its rows, and the bank is all of them, in the order of
     the ranks. Then every rank makes the bank, and enters every call of `rows`, `labels_of`, `covariance` and of the
@@ -65,22 +61,26 @@ class DataBank:
         shift: float | Tensor = 0.0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        x1, labels = x1.detach(), None if labels is None else labels.detach()
         self.group = group
-        with ranks.together(group):
+        with ranks.together(group) as meeting:
+            x1, labels = x1.detach(), None if labels is None else labels.detach()
             _check(x1, labels, scale, shift)
-        self.shape = tuple(x1.shape[1:])
-        self.num_dims = x1[0].numel()
-        flat = x1.reshape(len(x1), -1).contiguous()
-        flat = flat if flat.dtype in STORED else flat.float()
-        self.dtype = flat.dtype
-        self._scale, self._shift = (_per_value(value, self.shape).to(x1.device) for value in (scale, shift))
-        self._as_stored = bool((self._scale == 1).all() and (self._shift == 0).all())
-        affine = (self._scale.double().sum().item(), self._shift.double().sum().item())
-        agreed = {"shape": self.shape, "dtype": self.dtype, "labels": labels is not None, "scale and shift": affine}
-        ranks.agree(agreed, group)
+            self.shape = tuple(x1.shape[1:])
+            self.num_dims = x1[0].numel()
+            flat = x1.reshape(len(x1), -1).contiguous()
+            flat = flat if flat.dtype in STORED else flat.float()
+            self.dtype = flat.dtype
+            self._scale, self._shift = (_per_value(value, self.shape).to(x1.device) for value in (scale, shift))
+            self._as_stored = bool((self._scale == 1).all() and (self._shift == 0).all())
+            meeting.alike = {
+                "the shape of a row": self.shape,
+                "the dtype of rows": self.dtype,
+                "having labels": labels is not None,
+                "the scale": _in_short(self._scale),
+                "the shift": _in_short(self._shift),
+            }
 
-        unique = _distinct_rows(flat, labels, group)
+        unique = distinct_rows(flat, labels, group)
         self.num_rows = len(unique.stored)
         self.num_distinct = len(unique.label)
         self.label_counts = {} if labels is None else unique.label_counts()
@@ -89,13 +89,13 @@ class DataBank:
         self._slices = {} if labels is None else _slices(own.label)
 
         # by pieces, like all that is done in float64, which never holds a second bank
-        total = torch.stack([piece.double().sum(0) for piece in flat.split(_PIECE)]).sum(0)
+        total = torch.stack([piece.double().sum(0) for piece in flat.split(PIECE)]).sum(0)
         self.mean = self._affine(ranks.reduce(total, group) / self.num_rows)  # (D,) float64, over all N rows
         self.nearest: Tensor | None = None
         """Distance of each training row (N,) to the nearest other image, or a little less, if it was measured."""
         self._table: Tensor | None = None
         self._store(flat, own)
-        norms = torch.stack([piece.float().norm(dim=1).max() for piece in flat.split(_PIECE)])
+        norms = torch.stack([piece.float().norm(dim=1).max() for piece in flat.split(PIECE)])
         spread = self._extra[:, 0].amax(0, keepdim=True) if len(self._extra) else torch.zeros(1, device=x1.device)
         most = ranks.reduce(torch.cat([norms.amax(0, keepdim=True), spread]).double(), group, "max")
         self.max_norm, self.max_spread = most.tolist()  # of a row as stored; largest squared distance to the mean
@@ -103,7 +103,7 @@ class DataBank:
         self.rms_norm = float(torch.sqrt(total / self.num_rows + self.mean.square().sum()))
         """Root mean square norm of what the network sees, the unit of errors of the posterior mean."""
 
-    def _store(self, flat: Tensor, own: _Shard) -> None:
+    def _store(self, flat: Tensor, own: Shard) -> None:
         """Stored rows (M, D), and beside them [||x - mean||^2, 1, log count in the class, log count in the bank].
 
         Float32 rows and these columns are one table, which products take as it is.
@@ -115,7 +115,7 @@ class DataBank:
         else:
             self._rows = torch.empty(num, dims, dtype=self.dtype, device=flat.device)
             self._extra = torch.empty(num, NUM_EXTRA, device=flat.device)
-        for place in torch.arange(num).split(_PIECE):
+        for place in torch.arange(num).split(PIECE):
             rows = flat[own.first[place].to(flat.device)]
             self._rows[place] = rows
             self._extra[place, 0] = (self._affine(rows.double()) - self.mean).square().sum(1).float()
@@ -208,6 +208,17 @@ class DataBank:
         """Which of this rank's stored rows stands for training rows (B,): (B,) int64; -1 where it is another rank's."""
         return self._row_of[index.to(self.device)].long()
 
+    def check_index(self, index: Tensor) -> None:
+        """Raise ValueError unless these are training rows (B,): on a GPU a wrong one would end the process."""
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"an index is (B,) integers, got {index.dtype} of shape {tuple(index.shape)}")
+        if index.device.type != "meta" and len(index):
+            low, high = (int(end) for end in index.aminmax())
+            if low < 0 or high >= self.num_rows:
+                raise ValueError(
+                    f"index runs from {low} to {high}, but the bank has {self.num_rows} rows, counted from 0"
+                )
+
     def rows(self, index: Tensor) -> Tensor:
         """What the network sees of training rows (B,), flips included: (B, ...) float32, with the bits of its batches.
 
@@ -218,17 +229,21 @@ class DataBank:
     def labels_of(self, index: Tensor) -> Tensor:
         """Labels of training rows (B,), by their index in the data set: (B,) int64; -1 without labels. See `rows`."""
         if not self.has_labels:
-            return torch.full_like(index, -1, device=self.device)
-        labels = torch.tensor(list(self._slices), device=self.device)
-        ends = torch.tensor([rows.stop for rows in self._slices.values()], device=self.device)
+            return torch.full_like(index, -1, dtype=torch.int64, device=self.device)
+        # a rank may hold no row at all
+        labels = torch.tensor(list(self._slices), dtype=torch.int64, device=self.device)
+        ends = torch.tensor([rows.stop for rows in self._slices.values()], dtype=torch.int64, device=self.device)
         return self._look_up(index, lambda place: labels[torch.searchsorted(ends, place, right=True)])
 
     def _look_up(self, index: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
         """A value for each training row (B,), from whichever rank holds it."""
+        with ranks.together(self.group) as meeting:
+            self.check_index(index)
+            meeting.size = len(index)
         if self.group is None:
             return value_of(self.place_of(index))
-        sizes = ranks.sizes_of(len(index), self.group)
-        place = self.place_of(ranks.gather(index.to(self.device), sizes, self.group))
+        sizes = meeting.sizes
+        place = self.place_of(ranks.gather(index.to(self.device).long(), sizes, self.group))
         here = place >= 0
         own = value_of(place[here])
         values = own.new_zeros(len(place), *own.shape[1:])
@@ -239,7 +254,7 @@ class DataBank:
     def covariance(self) -> Tensor:
         """Covariance of the training rows: (D, D) float64, the same on all ranks."""
         total = torch.zeros(self.num_dims, self.num_dims, dtype=torch.float64, device=self.device)
-        for place in torch.arange(self.num_stored, device=self.device).split(_PIECE):
+        for place in torch.arange(self.num_stored, device=self.device).split(PIECE):
             centred = self._affine(self._rows[place].double()) - self.mean
             total += (centred * self._extra[place, 2, None].double().exp()).T @ centred
         return ranks.reduce(total, self.group) / self.num_rows
@@ -279,6 +294,8 @@ def _check(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: floa
         number = torch.as_tensor(value)
         if not bool(torch.isfinite(number).all()) or (name == "scale" and bool((number == 0).any())):
             raise ValueError(f"{name} must be finite, and the scale not 0; got {value}")
+        if number.numel() > 1 and _broadcast(number.shape, x1.shape[1:]) != x1.shape[1:]:
+            raise ValueError(f"{name} of shape {tuple(number.shape)} does not fit rows of shape {tuple(x1.shape[1:])}")
     _check_finite(x1)
     if labels is None:
         return
@@ -294,11 +311,11 @@ def _check(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: floa
 def _check_finite(x1: Tensor) -> None:
     if x1.dtype == torch.uint8:
         return
-    for start in range(0, x1.shape[0], _PIECE):
-        finite = torch.isfinite(x1[start : start + _PIECE].float()).flatten(1).all(1)
+    for start in range(0, x1.shape[0], PIECE):
+        finite = torch.isfinite(x1[start : start + PIECE].float()).flatten(1).all(1)
         if not bool(finite.all()):
             row = start + int((~finite).nonzero()[0])
-            raise ValueError(f"row {row} of the bank holds NaN or infinity: find out what preprocessing made it")
+            raise ValueError(f"row {row} of x1 holds NaN or infinity: find out what preprocessing made it")
 
 
 def _per_value(value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -307,78 +324,18 @@ def _per_value(value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.reshape(()) if value.numel() == 1 else value.expand(shape).reshape(-1).contiguous()
 
 
-@dataclass
-class _Shard:
-    """The stored rows of one rank."""
-
-    first: Tensor  # (M,) which of the rank's rows each stored row is, sorted by label
-    label: Tensor  # (M,)
-    class_count: Tensor  # (M,) float64, copies with the same label
-    total_count: Tensor  # (M,) float64, copies whatever their label; 0 on all but the first of them
-    place: Tensor  # (N,) int32 stored row of each data set index, or -1 where another rank holds it
+def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size | None:
+    try:
+        return torch.broadcast_shapes(one, other)
+    except RuntimeError:
+        return None
 
 
-@dataclass
-class _Distinct:
-    """Which rows are equal, within their label and over the whole bank: the same on all ranks."""
-
-    offset: int  # data set index of this rank's first row
-    stored: np.ndarray  # (N,) number of the distinct row that stands for each data set index
-    first: np.ndarray  # (M,) data set index of each distinct row, sorted by label
-    label: np.ndarray  # (M,)
-    class_count: np.ndarray  # (M,)
-    total_count: np.ndarray  # (M,)
-
-    def label_counts(self) -> dict[int, int]:
-        """Training rows of each label."""
-        labels, place = np.unique(self.label, return_inverse=True)
-        return dict(zip(labels.tolist(), np.bincount(place, self.class_count).astype(int).tolist(), strict=True))
-
-    def of(self, start: int, stop: int) -> _Shard:
-        """What the rank stores that brought the rows from start to stop."""
-        own = (self.first >= start) & (self.first < stop)
-        place = np.where(own, np.cumsum(own) - 1, -1).astype(np.int32)
-        return _Shard(
-            first=torch.from_numpy(self.first[own] - start),
-            label=torch.from_numpy(self.label[own]),
-            class_count=torch.from_numpy(self.class_count[own]).double(),
-            total_count=torch.from_numpy(self.total_count[own]),
-            place=torch.from_numpy(place[self.stored]),
-        )
-
-
-def _distinct_rows(flat: Tensor, labels: Tensor | None, group: dist.ProcessGroup | None) -> _Distinct:
-    """Group equal rows (by value) of all ranks' ``flat`` (N_r, D); the first of each group stands for it."""
-    sizes = ranks.sizes_of(len(flat), group)
-    # 128 bits of hash stand for a row: the rows themselves as keys would be a second bank
-    digests = ranks.gather(torch.cat([_digests(piece) for piece in flat.split(_PIECE)]), sizes, group)
-    label = torch.zeros(len(flat), dtype=torch.int64) if labels is None else labels.long().cpu()
-    label = ranks.gather(label, sizes, group).numpy()
-    seen: dict[bytes, int] = {}
-    first_image = [seen.setdefault(digest.tobytes(), i) for i, digest in enumerate(digests.numpy())]
-    image = np.array(first_image)  # (N,) the first row with the same values
-    pairs, first, stored, class_count = np.unique(
-        np.stack([label, image], 1), axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
-    images, first_pair = np.unique(pairs[:, 1], return_index=True)
-    total_count = np.zeros(len(pairs))
-    total_count[first_pair] = np.bincount(image, minlength=len(label))[images]
-    return _Distinct(
-        offset=sum(sizes[: ranks.rank_of(group)]),
-        stored=stored.reshape(-1),
-        first=first,
-        label=pairs[:, 0],
-        class_count=class_count,
-        total_count=total_count,
-    )
-
-
-def _digests(rows: Tensor) -> Tensor:
-    """128-bit hashes of rows (C, D), equal for equal values: (C, 16) uint8, on the CPU."""
-    same_zero = rows if rows.dtype == torch.uint8 else rows + 0.0  # makes -0.0 and 0.0 the same bytes
-    data = same_zero.view(torch.uint8).cpu().numpy()
-    hashes = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in data)
-    return torch.frombuffer(bytearray(hashes), dtype=torch.uint8).reshape(-1, 16)
+def _in_short(value: Tensor) -> float | str:
+    """A number, or what tells many of them (D,) from others."""
+    if value.ndim == 0:
+        return value.item()
+    return f"{len(value)} values with checksum {zlib.crc32(value.cpu().numpy().tobytes()):08x}"
 
 
 def _slices(labels: Tensor) -> dict[int, slice]:

@@ -97,13 +97,13 @@ class Oracle:
             labels = self._check(x_t, t, labels)
         flat = x_t.float().flatten(1) if len(x_t) else x_t.float().reshape(0, self.bank.num_dims)
         with full_precision(x_t.device):
-            part = Partial.empty(flat)
-            open_ = torch.ones_like(t, dtype=torch.bool)
-            if index is not None and self._may_skip():
+            if index is None or not self._may_skip():
+                part = self._gathered(flat, t, labels)
+            else:
                 rows = self.bank.rows(index).flatten(1)
-                open_ = ~certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
-                part[~open_] = Partial.certain(rows[~open_])
-            part[open_] = self._gathered(flat[open_], t[open_], labels[open_])
+                certain = certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
+                part = Partial.certain(rows)
+                part[~certain] = self._gathered(flat[~certain], t[~certain], labels[~certain])
         return self._finish(part, x_t)
 
     @torch.no_grad()
@@ -205,11 +205,14 @@ class Oracle:
         column = count_columns(labels)
         query, offset = self._factors(x_t, a, s, column)
         label, num = torch.unique_consecutive(labels, return_counts=True)
-        groups = zip(query.split(num.tolist()), label.tolist(), strict=True)
-        streams = [Stream(self.bank, own, label, self.tolerance) for own, label in groups]
-        sums = Sums.cat([stream.sums for stream in streams]).partial(self.bank, x_t, a, s, column, offset)
+        groups = zip(label.tolist(), query.split(num.tolist()), (a >= s)[:, 0].split(num.tolist()), strict=True)
+        streams = [Stream(self.bank, own, label, self.tolerance, late) for label, own, late in groups]
+        sums = Sums.cat([stream.sums for stream in streams])
         pairs = Pairs.cat([stream.pairs for stream in streams], (num.cumsum(0) - num).tolist(), x_t.device)
-        return sums.merge(rescore(self.bank, x_t, a, s, column, pairs.query, pairs.row))
+        part = sums.partial(self.bank, x_t, a, s, column, offset)
+        few, place = pairs.query.unique(return_inverse=True)
+        part[few] = part[few].merge(rescore(self.bank, x_t[few], a[few], s[few], column[few], place, pairs.row))
+        return part
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (B, 1) of the weights in float64, from the times as they were given."""

@@ -1,8 +1,8 @@
 """The two matrix products of the oracle, accurate as float32 whatever the rows are stored as.
 
 On a CPU they are float32 products. Tensor cores multiply halves exactly and add up in float32, so on CUDA each float32
-operand is split into two float16 terms, x = 2^-k (high + 2^-11 low), which hold 22 bits; 8-bit, float16 and (scaled by a
-power of two) bfloat16 rows are one term. Two or three products of halves then do what one in float32 would, and the
+operand is split into two float16 terms, x = 2^-k (high + 2^-11 low), which hold 22 bits; 8-bit, float16 and (scaled by
+a power of two) bfloat16 rows are one term. Two or three products of halves then do what one in float32 would, and the
 term that is left out, low x low, is 2^-22 of the result.  Source of the scheme: Ootomo and Yokota, arXiv 2203.03341.
 
 Shapes: B queries, C rows of a piece, D values per row.
@@ -69,6 +69,13 @@ class Products(ABC):
     @abstractmethod
     def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
         """Weights (b, C) in [0, 1] @ rows with their extra columns: (b, D + extra) float32."""
+
+    def add_weighted(self, total: Tensor, queries: Tensor, weights: Tensor, rows: slice) -> None:
+        """Add the weighted sums of some queries (b,) to those of all, (B, D + extra)."""
+        if len(queries) == len(total):
+            total.add_(self.weighted_sum(weights, rows))
+        else:
+            total.index_add_(0, queries, self.weighted_sum(weights, rows))
 
 
 class PlainProducts(Products):

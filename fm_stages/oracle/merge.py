@@ -95,13 +95,13 @@ class Partial:
         return Partial(peak=peak, best=best, **sums)
 
     def merge_ranks(self, group: dist.ProcessGroup | None) -> Partial:
-        """The parts of all ranks as one, the same on each: three all-reduces, whose size is that of the queries."""
+        """The parts of all ranks as one, the same on each: a gather and two all-reduces, of the queries' size."""
         if group is None:
             return self
-        peak = ranks.reduce(self.peak, group, "max")
-        rank = torch.full_like(self.peak, ranks.rank_of(group))
-        winner = ranks.reduce(torch.where(self.peak == peak, rank, torch.inf), group, "min")
-        best = ranks.reduce(torch.where((winner == rank)[:, None], self.best, 0.0), group)
+        peak, winner = ranks.gather(self.peak[None], [1] * ranks.num_ranks(group), group).max(0)
+        own_wins = winner == ranks.rank_of(group)
+        # rows are float32 numbers
+        best = ranks.reduce(torch.where(own_wins[:, None], self.best, 0.0).float(), group).double()
         own = self.seen_from(peak, best)
         columns = [getattr(own, name).reshape(len(peak), -1) for name in _SUMS]
         total = ranks.reduce(torch.cat(columns, 1), group).split([column.shape[1] for column in columns], 1)

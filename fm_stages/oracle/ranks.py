@@ -6,8 +6,10 @@ docstring says so. Tensors may lie on the CPU under NCCL: they travel over the G
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,52 +57,70 @@ def gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tens
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(x.device)
 
 
-def sizes_of(num: int, group: dist.ProcessGroup | None) -> list[int]:
-    """One integer of each rank, in order."""
+def numbers_of(numbers: list[int], group: dist.ProcessGroup | None) -> list[list[int]]:
+    """A few integers of each rank, in order."""
     if group is None:
-        return [num]
-    wire = _to_wire(torch.tensor([num]), group)
+        return [numbers]
+    wire = _to_wire(torch.tensor(numbers), group)
     parts = [torch.empty_like(wire) for _ in range(num_ranks(group))]
     dist.all_gather(parts, wire, group=group)
-    return [int(part) for part in parts]
+    return torch.stack(parts).tolist()
+
+
+def sizes_of(num: int, group: dist.ProcessGroup | None) -> list[int]:
+    """One integer of each rank, in order."""
+    return [numbers[0] for numbers in numbers_of([num], group)]
+
+
+@dataclass
+class Meeting:
+    """What ranks tell each other at the start of a call.
+
+    Attributes:
+        alike: names, and this rank's values, of what has to be the same on all ranks.
+        size: a number of this rank.
+        sizes: that number of each rank, once they have met.
+    """
+
+    alike: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+    sizes: list[int] = field(default_factory=list)
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Turn the ValueError of any rank into one on all: a rank that failed alone would leave the others waiting.
+def together(group: dist.ProcessGroup | None) -> Iterator[Meeting]:
+    """Turn the error of any rank into one on all: a rank that failed alone would leave the others waiting.
 
-    Around checks of what a rank was given, without collectives inside.
+    Around checks of what a rank was given, without collectives inside. Where all is well it costs one small collective.
+
+    Raises:
+        ValueError: on every rank if one has failed (its own error on that one), or if the ranks are not `alike`.
     """
-    if group is None:
-        yield
-        return
-    own: ValueError | None = None
+    meeting = Meeting()
+    own: Exception | None = None
     try:
-        yield
-    except ValueError as error:
+        yield meeting
+    except Exception as error:
+        if group is None:
+            raise
         own = error
-    if not any(sizes_of(own is not None, group)):
+    checksum = zlib.crc32(repr(meeting.alike).encode())
+    seen = numbers_of([meeting.size, checksum, own is not None], group)
+    meeting.sizes = [size for size, _, _ in seen]
+    if all(rest == [seen[0][1], 0] for _, *rest in seen):
         return
-    messages = gather_objects(None if own is None else str(own), group)
+    said = gather_objects((None if own is None else str(own), meeting.alike), group)
     if own is not None:
         raise own
-    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise ValueError(f"rank {rank} cannot go on: {message}")
-
-
-def agree(values: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError, on every rank, if the ranks have different values under a name."""
-    if group is None:
-        return
-    all_values = gather_objects(values, group)
-    for name in values:
-        seen = [other[name] for other in all_values]
-        if any(value != seen[0] for value in seen):
-            raise ValueError(
-                f"the ranks disagree on {name}: "
-                + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(seen))
-                + "; the parts of one bank must be alike"
-            )
+    for rank, (message, _) in enumerate(said):
+        if message is not None:
+            raise ValueError(f"rank {rank} cannot go on: {message}")
+    for name in meeting.alike:
+        values = [alike.get(name) for _, alike in said]
+        if any(value != values[0] for value in values):
+            those = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+            raise ValueError(f"the ranks disagree on {name}: {those}; they work on one bank and must be given the same")
+    raise ValueError(f"the ranks are in different calls: {[list(alike) for _, alike in said]}")
 
 
 def _to_wire(x: Tensor, group: dist.ProcessGroup) -> Tensor:

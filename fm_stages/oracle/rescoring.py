@@ -1,8 +1,8 @@
 """Posterior weights of single rows from direct differences in float64.
 
-Near t = 1 the logits are of the size of a ||x||^2 / s^2, and their float32 rounding decides between rows that are closer
-to each other than some 1e-4 of their norm. Few rows are in question then: they are scored again, and what they add is
-exact. The same is the cheapest way for any query that few rows matter to.
+Near t = 1 the logits are of the size of a ||x||^2 / s^2, and their float32 rounding decides between rows that are
+closer to each other than some 1e-4 of their norm. Few rows are in question then: they are scored again, and what they
+add is exact. The same is the cheapest way for any query that few rows matter to.
 
 Shapes: B queries, P pairs of a query and a row, D values per row.
 """

@@ -18,9 +18,9 @@ falls in e where e > z. So the other rows hold less than the tolerance where
 
     e >= z + sqrt(z^2 + 2 log(N / tolerance)).
 
-The same e bounds the error of the velocity: A_t sum_j g_j d_j <= tolerance e / (s a) in the units of A_t s, a few 1e-5 of
-a velocity's norm at the threshold and falling from there. On Fashion-MNIST the deterministic certificate alone would
-start at t = 0.89, the probabilistic one starts at 0.73, and the posterior has collapsed (median) at 0.48.
+The same e bounds the error of the velocity: on the linear path A_t sum_j g_j d_j <= tolerance e / t, a few 1e-5 against
+norms of sqrt(D), falling from there. On Fashion-MNIST the deterministic certificate alone would start at t = 0.89, the
+probabilistic one starts at 0.73, and the posterior has collapsed (median) at 0.48.
 
 It is void, and must not be used, for states of a sampler (whose noise has seen the bank), held-out queries (no row is
 theirs), banks of mixtures (a row is no point) and tempered posteriors.
@@ -76,9 +76,9 @@ def certified(
 def measure_nearest(bank: DataBank) -> None:
     """Measure how far each training row is from the nearest other image, and keep it as ``bank.nearest`` (N,).
 
-    Once, with a progress bar: N^2 D multiplications. Labels play no part, so the numbers hold for the whole bank and for
-    each class; an image that occurs under two labels has 0. They are lower bounds: rounding errors are taken off. Every
-    rank of a sharded bank calls this.
+    Once, with a progress bar: N^2 D multiplications. Labels play no part, so the numbers hold for the whole bank and
+    for each class; an image that occurs under two labels has 0. They are lower bounds: rounding errors are taken off.
+    Every rank of a sharded bank calls this.
     """
     squares = torch.zeros(bank.num_rows, dtype=torch.float64, device=bank.device)
     quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0

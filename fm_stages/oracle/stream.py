@@ -77,13 +77,14 @@ class Stream:
         query: (B, D + NUM_EXTRA) float32, the factor whose product with stored rows gives logits.
         label: of the queries, -1 = unconditional.
         tolerance: share of a query's mass that may be left out; 0 = nothing is.
+        late: (B,) bool, where a >= s: there the spread needs the depth from the logits themselves.
 
     Attributes:
         sums: over the rows of pieces that matter to queries with many rows.
         pairs: the rows that matter to queries with few, which are not in the sums.
     """
 
-    def __init__(self, bank: DataBank, query: Tensor, label: int, tolerance: float) -> None:
+    def __init__(self, bank: DataBank, query: Tensor, label: int, tolerance: float, late: Tensor) -> None:
         num, device = len(query), query.device
         self._products: Products = products(bank, query)
         rows = bank.slice_of(label)
@@ -92,7 +93,7 @@ class Stream:
         left_out = math.log(max(rows.stop - rows.start, 1)) - math.log(tolerance or 1e-8)
         self._margin = (left_out + 2 * error)[:, None]  # (B, 1)
         self._most = torch.where(error > COARSE, MAX_CANDIDATES, FEW if tolerance else -1)  # (B,)
-        self._skips = tolerance > 0
+        self._skips, self._late = tolerance > 0, late
         self._peak = torch.full((num, 1), -torch.inf, device=device)  # largest logit so far
         self.sums = Sums.zeros(num, query.shape[1], device)
 
@@ -102,8 +103,9 @@ class Stream:
         self._size = min(size, -(-(rows.stop - rows.start) // BLOCK) * BLOCK)
         self._part = min(CPU_PART if on_cpu else 65536, self._size)  # rows that the second product takes or leaves
         self._logits = torch.empty(num, self._size, device=device)
-        self._work = torch.empty(2, num * self._part, device=device)
+        self._weights = torch.empty(num * self._part, device=device)
         found = [self._add(slice(start, min(start + size, rows.stop))) for start in range(rows.start, rows.stop, size)]
+        self.sums.depth = torch.where(late, self.sums.depth, self.sums.linear_depth(query))
         pairs = Pairs.cat(found, [0] * len(found), device)
         # the threshold has risen since
         self.pairs = pairs[pairs.logit >= (self._peak - self._margin)[pairs.query, 0]]
@@ -146,14 +148,19 @@ class Stream:
 
     def _sum(self, queries: Tensor, logits: Tensor, rows: slice) -> None:
         """Add rows with logits (B, C) to the sums of some queries (b,)."""
-        relative, weights = (work[: len(queries) * logits.shape[1]].view(len(queries), -1) for work in self._work)
+        weights = self._weights[: len(queries) * logits.shape[1]].view(len(queries), -1)
         sums = self.sums
-        torch.index_select(logits, 0, queries, out=relative)
-        relative.sub_(sums.peak[queries]).clamp_(min=LEAST_LOGIT)
-        torch.exp(relative, out=weights)
+        if len(queries) == len(logits):
+            torch.sub(logits, sums.peak, out=weights)
+        else:
+            torch.index_select(logits, 0, queries, out=weights).sub_(sums.peak[queries])
+        weights.clamp_(min=LEAST_LOGIT).exp_()
         sums.square.index_add_(0, queries, torch.linalg.vector_norm(weights, dim=1).square())
-        sums.depth.index_add_(0, queries, relative.mul_(weights).sum(1))
-        sums.total.index_add_(0, queries, self._products.weighted_sum(weights, rows))
+        late = self._late[queries].nonzero()[:, 0]
+        if len(late):
+            relative = (logits[queries[late]] - sums.peak[queries[late]]).clamp_(min=LEAST_LOGIT)
+            sums.depth.index_add_(0, queries[late], (relative * weights[late]).sum(1).double())
+        self._products.add_weighted(sums.total, queries, weights, rows)
 
 
 @dataclass
@@ -163,8 +170,8 @@ class Sums:
     peak: Tensor  # (B, 1) largest logit among the rows that are summed
     best: Tensor  # (B,) its row
     total: Tensor  # (B, D + NUM_EXTRA) sum of p_i times the stored row
-    depth: Tensor  # (B,) sum of p_i (l_i - peak)
     square: Tensor  # (B,) sum of p_i^2
+    depth: Tensor  # (B,) float64, sum of p_i (l_i - peak), at the end
 
     @classmethod
     def zeros(cls, num: int, columns: int, device: torch.device) -> Sums:
@@ -173,14 +180,17 @@ class Sums:
             peak=torch.full((num, 1), -torch.inf, device=device),
             best=torch.zeros(num, dtype=torch.int64, device=device),
             total=torch.zeros(num, columns, device=device),
-            depth=torch.zeros(num, device=device),
             square=torch.zeros(num, device=device),
+            depth=torch.zeros(num, dtype=torch.float64, device=device),
         )
 
     @classmethod
     def cat(cls, parts: list[Sums]) -> Sums:
         """The sums of several groups of queries, one after the other."""
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def __getitem__(self, queries: Tensor) -> Sums:
+        return Sums(*(getattr(self, f.name)[queries] for f in fields(self)))
 
     @property
     def weight(self) -> Tensor:
@@ -197,6 +207,11 @@ class Sums:
         self.peak[queries] = peak
         self.best[queries] = best
 
+    def linear_depth(self, query: Tensor) -> Tensor:
+        """The depth from the other sums, (B,): it is linear in them, as logits are in rows; with their rounding."""
+        logits = torch.linalg.vecdot(query.double(), self.total.double())
+        return torch.where(self.weight > 0, logits - self.peak[:, 0].double() * self.weight, 0.0).clamp(max=0)
+
     def partial(self, bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor, offset: Tensor) -> Partial:
         """The sums in the form that merges.
 
@@ -212,30 +227,31 @@ class Sums:
             column: (B,) which of the extra columns holds the log counts that are in the logits.
             offset: (B,) float64, what makes of a logit -||x_t - a x||^2 / (2 s^2) + log count.
         """
-        used = self.weight > 0
+        part = Partial.empty(x_t)
+        used = (self.weight > 0).nonzero()[:, 0]
+        if len(used):
+            part[used] = self[used]._partial(bank, x_t[used], a[used], s[used], column[used], offset[used])
+        return part
+
+    def _partial(self, bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor, offset: Tensor) -> Partial:
         weight = self.weight.double()
         total, extra = self.total.double().split([bank.num_dims, NUM_EXTRA], 1)
-        best, log_count = total.new_zeros(total.shape), torch.zeros_like(weight)
-        best[used], log_count[used] = (
-            bank.stored(self.best[used]).double(),
-            bank.log_count(self.best[used], column[used]).double(),
-        )
-        moment = torch.where(used[:, None], bank.from_sums(total, weight[:, None]) - weight[:, None] * best, 0.0)
+        best = bank.stored(self.best).double()
+        moment = bank.from_sums(total, weight[:, None]) - weight[:, None] * best
 
         from_mean = best - bank.mean
         early = extra[:, 0] - 2 * (moment * from_mean).sum(1) - weight * from_mean.square().sum(1)
         late = 2 / a[:, 0] * ((x_t - a * best) * moment).sum(1)
-        log_counts = extra.gather(1, column[:, None])[:, 0]
-        late += 2 * (s / a)[:, 0] ** 2 * (log_counts - weight * log_count - self.depth.double())
-        spread = torch.where(a[:, 0] < s[:, 0], early, late).clamp(min=0)
+        log_counts = extra.gather(1, column[:, None])[:, 0] - weight * bank.log_count(self.best, column)
+        late += 2 * (s / a)[:, 0] ** 2 * (log_counts - self.depth)
         return Partial(
-            peak=torch.where(used, self.peak[:, 0].double() + offset, -torch.inf),
+            peak=self.peak[:, 0].double() + offset,
             best=best,
             weight=weight,
             square=self.square.double(),
-            depth=self.depth.double(),
+            depth=self.depth,
             moment=moment,
-            spread=torch.where(used, spread, 0.0),
+            spread=torch.where(a[:, 0] < s[:, 0], early, late).clamp(min=0),
         )
 
 
