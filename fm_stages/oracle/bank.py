@@ -33,8 +33,8 @@ class DataBank:
 
     What the network sees of row i is ``scale * x1[i] + shift`` in float32; stored is x1 in its own dtype, so that a
     bank of 8-bit pixels takes a byte per value. Equal rows are stored once with their count, so that k copies of an
-    image weigh k times without capping top1 at 1/k. Rows are sorted by label, so that a class is a slice. A plain object
-    that deep-copies to itself: neither a copied module nor a checkpoint may carry the training set.
+    image weigh k times without capping top1 at 1/k. Rows are sorted by label, so that a class is a slice. A plain
+    object that deep-copies to itself: neither a copied module nor a checkpoint may carry the training set.
 
     With a process group the bank is *sharded*: each rank brings its rows, and the bank is all of them, in the order of
     the ranks. Then every rank makes the bank, and enters every call of `rows`, `labels_of`, `covariance` and of the
@@ -224,7 +224,11 @@ class DataBank:
 
         Of a sharded bank the rows come from the ranks that hold them: every rank calls this, with its own index.
         """
-        return self._look_up(index, self.stored).reshape(-1, *self.shape)
+        return self.rows_of_all(index, self._meet(index))
+
+    def rows_of_all(self, index: Tensor, sizes: list[int]) -> Tensor:
+        """`rows` of a checked index, once every rank knows how many the ranks ask for."""
+        return self._look_up(index, sizes, self.stored).reshape(len(index), *self.shape)
 
     def labels_of(self, index: Tensor) -> Tensor:
         """Labels of training rows (B,), by their index in the data set: (B,) int64; -1 without labels. See `rows`."""
@@ -233,16 +237,21 @@ class DataBank:
         # a rank may hold no row at all
         labels = torch.tensor(list(self._slices), dtype=torch.int64, device=self.device)
         ends = torch.tensor([rows.stop for rows in self._slices.values()], dtype=torch.int64, device=self.device)
-        return self._look_up(index, lambda place: labels[torch.searchsorted(ends, place, right=True)])
+        return self._look_up(
+            index, self._meet(index), lambda place: labels[torch.searchsorted(ends, place, right=True)]
+        )
 
-    def _look_up(self, index: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """A value for each training row (B,), from whichever rank holds it."""
+    def _meet(self, index: Tensor) -> list[int]:
+        """Check what training rows (B,) are asked for; how many each rank asks for."""
         with ranks.together(self.group) as meeting:
             self.check_index(index)
             meeting.size = len(index)
+        return meeting.sizes
+
+    def _look_up(self, index: Tensor, sizes: list[int], value_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """A value for each training row (B,), from whichever rank holds it."""
         if self.group is None:
             return value_of(self.place_of(index))
-        sizes = meeting.sizes
         place = self.place_of(ranks.gather(index.to(self.device).long(), sizes, self.group))
         here = place >= 0
         own = value_of(place[here])

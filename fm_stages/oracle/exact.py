@@ -66,14 +66,28 @@ class Oracle:
         ValueError: if the tolerance is not in [0, 1e-3].
     """
 
+    takes: type = DataBank
+    """The kind of bank."""
+
+    approximate: str | None = None
+    """What stands in for the oracle of the training set, in words, to be told wherever its numbers are; None: nothing."""
+
+    collapses = True
+    """Whether the posterior ends on one row as t -> 1, so that the floor is 0 past the boundary."""
+
     def __init__(self, bank: DataBank, path: Path, tolerance: float = 1e-6) -> None:
-        if not isinstance(bank, DataBank):
-            raise TypeError(f"the oracle needs a DataBank (DataBank(x1, labels)), got {type(bank).__name__}")
+        if not isinstance(bank, self.takes):
+            kind = self.takes.__name__
+            raise TypeError(f"{type(self).__name__} needs a {kind}, {kind}(...), got {type(bank).__name__}")
         if not 0 <= tolerance <= 1e-3:
             raise ValueError(f"the tolerance is a share of the posterior mass in [0, 1e-3], got {tolerance}")
         self.bank = bank
         self.path = path
         self.tolerance = tolerance
+        self._path = type(path).__name__  # what ranks compare: the path's name, and of a sharded bank what it does
+        if bank.group is not None:
+            early, late = path.alpha(torch.tensor([0.25, 0.75])).tolist()
+            self._path += f" with alpha(0.25) = {early:.6g}, alpha(0.75) = {late:.6g}"
 
     @torch.no_grad()
     def posterior(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Posterior:
@@ -93,18 +107,9 @@ class Oracle:
             ValueError: if shapes, devices or times do not fit, or a label has no row in the bank; on all ranks if on
                 one.
         """
-        with ranks.together(self.bank.group):
-            labels = self._check(x_t, t, labels)
-        flat = x_t.float().flatten(1) if len(x_t) else x_t.float().reshape(0, self.bank.num_dims)
-        with full_precision(x_t.device):
-            if index is None or not self._may_skip():
-                part = self._gathered(flat, t, labels)
-            else:
-                rows = self.bank.rows(index).flatten(1)
-                certain = certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
-                part = Partial.certain(rows)
-                part[~certain] = self._gathered(flat[~certain], t[~certain], labels[~certain])
-        return self._finish(part, x_t)
+        with ranks.together(self.bank.group) as meeting:
+            labels = self._check(x_t, t, labels, index, meeting)
+        return self._posterior(x_t, t, labels, meeting.sizes, index)
 
     @torch.no_grad()
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -137,10 +142,13 @@ class Oracle:
         Returns:
             u* (B, ...), float32.
         """
-        if index is not None:
-            x1 = self.bank.rows(index)
-        x0, x1, t = x0.float(), x1.float(), t.float()
-        mean = self.posterior(self.path.interpolate(x0, x1, t), t, labels, index).mean
+        with ranks.together(self.bank.group) as meeting:
+            labels = self._check(x0, t, labels, index, meeting)
+            if index is None and x1.shape != x0.shape:
+                raise ValueError(f"noise {tuple(x0.shape)} and data {tuple(x1.shape)} need one shape")
+        rows = None if index is None else self.bank.rows_of_all(index, meeting.sizes)
+        x0, x1, t = x0.float(), (x1 if rows is None else rows).float(), t.float()
+        mean = self._posterior(self.path.interpolate(x0, x1, t), t, labels, meeting.sizes, index, rows).mean
         return self.target_from_mean(mean, x0, x1, t)
 
     def target_from_mean(self, mean: Tensor, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -153,7 +161,17 @@ class Oracle:
     def __deepcopy__(self, memo: dict) -> Oracle:
         return self
 
-    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def _check(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor | None, meeting: ranks.Meeting
+    ) -> Tensor:
+        """Labels of the queries, once all that was given fits this bank."""
+        meeting.size = len(x_t)
+        meeting.alike = {
+            "the tolerance": self.tolerance,
+            "the path": self._path,
+            "giving an index": index is not None,
+            "having measured distances": self.bank.nearest is not None,
+        }
         if tuple(x_t.shape[1:]) != self.bank.shape or (len(x_t) == 0 and self.bank.group is None):
             raise ValueError(
                 f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}"
@@ -164,6 +182,10 @@ class Oracle:
             )
         expand_time(t, x_t)
         check_time(t)
+        if index is not None:
+            self.bank.check_index(index)
+            if len(index) != len(x_t):
+                raise ValueError(f"need one index per query, got {len(index)} for {len(x_t)} queries")
         if labels is None:
             return torch.full((len(x_t),), -1, device=x_t.device)
         if labels.shape != t.shape or labels.is_floating_point():
@@ -179,21 +201,48 @@ class Oracle:
         """Whether whole queries may be certified: distances are there, and weights are those of the bank's rows."""
         return self.tolerance > 0 and self.bank.nearest is not None
 
-    def _gathered(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
+    def _posterior(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        sizes: list[int],
+        index: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Posterior:
+        """`posterior` of checked queries, of which the ranks have ``sizes``; ``rows`` are those of the index, if known.
+
+        Whatever decides on a collective here is the same on all ranks: `_check` sees to it.
+        """
+        flat = x_t.float().reshape(len(x_t), self.bank.num_dims)
+        with full_precision(x_t.device):
+            if index is None or not self._may_skip():
+                part = self._gathered(flat, t, labels, sizes)
+            else:
+                rows = self.bank.rows_of_all(index, sizes) if rows is None else rows
+                rows = rows.reshape(flat.shape)
+                certain = certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
+                part = Partial.certain(rows)
+                sizes = ranks.sizes_of(int((~certain).sum()), self.bank.group)
+                part[~certain] = self._gathered(flat[~certain], t[~certain], labels[~certain], sizes)
+        return self._finish(part, x_t)
+
+    def _gathered(self, x_t: Tensor, t: Tensor, labels: Tensor, sizes: list[int]) -> Partial:
         """The posterior of queries (B, D) float32 over the bank, of all ranks together."""
         group = self.bank.group
-        if group is None:
+        if group is None or not any(sizes):
             return self._partial(x_t, t, labels)
-        ranks.agree({"tolerance": self.tolerance, "path": type(self.path).__name__}, group)
-        sizes = ranks.sizes_of(len(x_t), group)
-        x_t, t, labels = (ranks.gather(x, sizes, group) for x in (x_t, t.double(), labels.long()))
-        merged = self._partial(x_t, t, labels).merge_ranks(group)
+        x_t = ranks.gather(x_t, sizes, group)
+        t, labels = ranks.gather(torch.stack([t.double(), labels.double()], 1), sizes, group).unbind(1)
+        merged = self._partial(x_t, t, labels.long()).merge_ranks(group)
         start = sum(sizes[: ranks.rank_of(group)])
         return merged[start : start + sizes[ranks.rank_of(group)]]
 
     def _partial(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
         """The posterior of queries (B, D) over the rows of this rank."""
         part = Partial.empty(x_t)
+        if not len(x_t):
+            return part
         size = max(1, min(MAX_QUERIES, MAX_QUERY_VALUES // self.bank.num_dims))
         for queries in torch.argsort(labels, stable=True).split(size):
             part[queries] = self._of_sorted(x_t[queries], t[queries], labels[queries])
