@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle import ranks
-from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_columns
+from fm_stages.oracle.bank import NUM_EXTRA, DataBank, check_index, count_columns
 from fm_stages.oracle.kernels import full_precision
 from fm_stages.oracle.merge import Partial
 from fm_stages.oracle.rescoring import rescore
@@ -74,6 +74,9 @@ class Oracle:
 
     collapses = True
     """Whether the posterior ends on one row as t -> 1, so that the floor is 0 past the boundary."""
+
+    query_dtype = torch.float32
+    """What x_t is taken in."""
 
     def __init__(self, bank: DataBank, path: Path, tolerance: float = 1e-6) -> None:
         if not isinstance(bank, self.takes):
@@ -170,7 +173,7 @@ class Oracle:
             "the tolerance": self.tolerance,
             "the path": self._path,
             "giving an index": index is not None,
-            "having measured distances": self.bank.nearest is not None,
+            "skipping queries": self._may_skip(),
         }
         if tuple(x_t.shape[1:]) != self.bank.shape or (len(x_t) == 0 and self.bank.group is None):
             raise ValueError(
@@ -183,7 +186,7 @@ class Oracle:
         expand_time(t, x_t)
         check_time(t)
         if index is not None:
-            self.bank.check_index(index)
+            check_index(index, self.bank.num_rows)
             if len(index) != len(x_t):
                 raise ValueError(f"need one index per query, got {len(index)} for {len(x_t)} queries")
         if labels is None:
@@ -214,7 +217,7 @@ class Oracle:
 
         Whatever decides on a collective here is the same on all ranks: `_check` sees to it.
         """
-        flat = x_t.float().reshape(len(x_t), self.bank.num_dims)
+        flat = x_t.to(self.query_dtype).reshape(len(x_t), self.bank.num_dims)
         with full_precision(x_t.device):
             if index is None or not self._may_skip():
                 part = self._gathered(flat, t, labels, sizes)
