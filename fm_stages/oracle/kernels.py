@@ -103,7 +103,9 @@ class SplitProducts(Products):
         direction, self._extra = query.split([bank.num_dims, query.shape[1] - bank.num_dims], 1)
         # powers of two, so that scaling is exact: rows stay below 2^15, queries below 2
         self._row_scale = 2.0 ** (14 - math.frexp(bank.max_norm)[1])
-        self._query_scale = torch.exp2(-torch.frexp(direction.abs().amax(1, keepdim=True)).exponent.float())
+        # of queries below 2^-100, as at t = 1e-40, it would be infinite
+        exponent = torch.frexp(direction.abs().amax(1, keepdim=True)).exponent.clamp(min=-100)
+        self._query_scale = torch.exp2(-exponent.float())
         self._terms = torch.cat(split(direction * self._query_scale))  # (2 B, D) float16
 
     def logits(self, rows: slice, out: Tensor) -> None:
