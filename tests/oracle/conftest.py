@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fm_stages.flow import CosinePath, LinearPath, Path, VPPath
+from fm_stages.oracle import Posterior
 
 PATHS = [LinearPath(), CosinePath(), VPPath()]
+TIMES = [0.0, 1e-4, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.999]
 
 
 @dataclass
@@ -83,14 +85,56 @@ def exact_posterior(
     return Exact(**joined)
 
 
+def exact_target(rows: Tensor, x0: Tensor, x1: Tensor, t: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    """u* = u_cond + A sum g_i (x_i - x1), with x_t - a x_i = s x0 + a (x1 - x_i), and u_cond; both (B, D)."""
+    rows, x0, x1 = (x.double().flatten(1) for x in (rows, x0, x1))
+    alpha, sigma, scale, pull = coefficients(path, t)
+    towards = []
+    for i in range(len(t)):
+        away = rows - x1[i]
+        log_weight = -(sigma[i] * x0[i] - alpha[i] * away).square().sum(1) / (2 * sigma[i] ** 2)
+        towards.append(torch.softmax(log_weight, 0) @ away)
+    # u_cond = a' x1 + s' x0 with s' = B s, a' = A + B a
+    conditional = (scale + pull * alpha)[:, None] * x1 + (pull * sigma)[:, None] * x0
+    return conditional + scale[:, None] * torch.stack(towards), conditional
+
+
+def largest_errors(posterior: Posterior, truth: Exact, rows: Tensor) -> dict[str, float]:
+    """Over queries, of each statistic: the mean and the variance in units of the rows' RMS norm, ess relative."""
+    unit = rows.double().flatten(1).square().sum(1).mean().sqrt()
+    errors = {
+        "mean": (posterior.mean.double().flatten(1) - truth.mean).norm(dim=1) / unit,
+        "top1": (posterior.top1 - truth.top1).abs(),
+        "ess": (posterior.ess / truth.ess - 1).abs(),
+        "entropy": (posterior.entropy - truth.entropy).abs(),
+        "variance": (posterior.variance - truth.variance).abs() / unit**2,
+    }
+    return {name: error.max().item() for name, error in errors.items()}
+
+
 @pytest.fixture(scope="session")
 def brute_force() -> Callable[..., Exact]:
     return exact_posterior
 
 
 @pytest.fixture(scope="session")
+def brute_force_target() -> Callable[..., tuple[Tensor, Tensor]]:
+    return exact_target
+
+
+@pytest.fixture(scope="session")
+def errors_of() -> Callable[..., dict[str, float]]:
+    return largest_errors
+
+
+@pytest.fixture(scope="session")
 def path_coefficients() -> Callable[[Path, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
     return coefficients
+
+
+@pytest.fixture(scope="session")
+def times() -> list[float]:
+    return TIMES
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: type(path).__name__)
@@ -122,3 +166,37 @@ def fashion_mnist() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def small(generator) -> tuple[Tensor, Tensor]:
+    """60 images of 3 classes, some of them twice or more: within a class, and under two labels."""
+    x = torch.randn(50, 2, 2, 2, generator=generator)
+    labels = torch.arange(50) % 3
+    return torch.cat([x, x[[0, 0, 1, 2, 3, 3, 3, 4, 4, 4]]]), torch.cat(
+        [labels, torch.tensor([0, 0, 1, 2, 0, 1, 2, 2, 2, 1])]
+    )
+
+
+@pytest.fixture
+def queries_of(generator) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Queries at every time, around the rows of a bank, for mixed labels."""
+
+    def make(path: Path, x: Tensor, labels: Tensor, times: list[float] = TIMES, per_time: int = 6) -> tuple:
+        t = torch.tensor(times).repeat_interleave(per_time)
+        index = torch.randint(len(x), t.shape, generator=generator)
+        x_t = path.interpolate(torch.randn(x[index].shape, generator=generator), x[index], t)
+        asked = torch.where(torch.rand(t.shape, generator=generator) < 0.5, labels[index], -1)
+        foreign = torch.rand(t.shape, generator=generator) < 0.1  # as in a sampler that is asked for any class
+        asked[foreign] = (asked[foreign] + 1) % labels.max()
+        shuffled = torch.randperm(len(t), generator=generator)
+        return x_t[shuffled], t[shuffled], asked[shuffled]
+
+    return make
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[Callable[[str], None]]:
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)

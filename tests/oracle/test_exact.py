@@ -11,7 +11,6 @@ from fm_stages.flow import CosinePath, LinearPath, Path, VPPath
 from fm_stages.oracle import DataBank, Oracle, Posterior
 from fm_stages.oracle import exact as module
 
-TIMES = [0.0, 1e-4, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.999]
 STATISTICS = ["mean", "top1", "ess", "entropy", "variance"]
 
 
@@ -45,40 +44,6 @@ def assert_exact(posterior: Posterior, truth, rows: Tensor, path_coefficients, p
 def assert_same(one: Posterior, other: Posterior, rtol: float = 2e-5, atol: float = 1e-5) -> None:
     for name in STATISTICS:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=rtol, atol=atol)
-
-
-@pytest.fixture
-def small(generator) -> tuple[Tensor, Tensor]:
-    """60 images of 3 classes, some of them twice or more: within a class, and under two labels."""
-    x = torch.randn(50, 2, 2, 2, generator=generator)
-    labels = torch.arange(50) % 3
-    return torch.cat([x, x[[0, 0, 1, 2, 3, 3, 3, 4, 4, 4]]]), torch.cat(
-        [labels, torch.tensor([0, 0, 1, 2, 0, 1, 2, 2, 2, 1])]
-    )
-
-
-@pytest.fixture
-def queries_of(generator):
-    """Queries at every time, around the rows of a bank, for mixed labels."""
-
-    def make(path: Path, x: Tensor, labels: Tensor, times=TIMES, per_time: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-        t = torch.tensor(times).repeat_interleave(per_time)
-        index = torch.randint(len(x), t.shape, generator=generator)
-        x_t = noisy(path, x[index], t, generator)
-        asked = torch.where(torch.rand(t.shape, generator=generator) < 0.5, labels[index], -1)
-        foreign = torch.rand(t.shape, generator=generator) < 0.1  # as in a sampler that is asked for any class
-        asked[foreign] = (asked[foreign] + 1) % labels.max()
-        shuffled = torch.randperm(len(t), generator=generator)
-        return x_t[shuffled], t[shuffled], asked[shuffled]
-
-    return make
-
-
-@pytest.fixture
-def matmul_precision():
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
 
 
 class TestAgainstFloat64:
@@ -259,58 +224,6 @@ class TestFashionMNIST:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("precision", ["high", "medium"])
-    def test_autocast_and_global_settings_are_ignored_and_restored(
-        self, digits, precision, matmul_precision, queries_of, brute_force, path_coefficients, monkeypatch
-    ):
-        x, labels = digits
-        path, seen = LinearPath(), []
-        x_t, t, asked = queries_of(path, x, labels, per_time=3)
-        oracle = Oracle(DataBank(x, labels), path)
-        chunks = DataBank.chunks
-
-        def watch(*args):  # where the device has no faster float32 product, numbers alone would show nothing
-            seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
-            return chunks(*args)
-
-        monkeypatch.setattr(DataBank, "chunks", watch)
-        matmul_precision(precision)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = oracle.posterior(x_t, t, asked)
-            velocity = oracle.velocity(x_t, t, asked)
-            assert torch.is_autocast_enabled("cpu")
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-        assert torch.get_float32_matmul_precision() == precision
-        assert set(seen) == {("highest", False)}
-        truth = brute_force(x, labels, x_t, t, path, asked)
-        assert_exact(posterior, truth, x, path_coefficients, path, t)
-        assert velocity.dtype == torch.float32
-
-    def test_settings_are_restored_after_an_error(self, digits, matmul_precision, monkeypatch):
-        def interrupted(*args):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(DataBank, "chunks", interrupted)
-        matmul_precision("high")
-        with pytest.raises(KeyboardInterrupt):
-            Oracle(DataBank(digits[0]), LinearPath()).posterior(digits[0][:2], torch.full((2,), 0.5))
-        assert torch.get_float32_matmul_precision() == "high"
-
-    @pytest.mark.parametrize("backend", ["cuda.matmul", "mkldnn.matmul", ""])
-    def test_the_newer_settings_are_ignored_and_restored_too(self, digits, backend, monkeypatch):
-        settings = torch.backends
-        for name in filter(None, backend.split(".")):
-            settings = getattr(settings, name)
-        before = settings.fp32_precision
-        try:
-            settings.fp32_precision = "tf32" if backend == "cuda.matmul" else "bf16" if backend else "tf32"
-            asked_for = settings.fp32_precision
-            posterior = Oracle(DataBank(digits[0]), LinearPath()).posterior(digits[0][:2], torch.full((2,), 0.9))
-            assert settings.fp32_precision == asked_for
-        finally:
-            settings.fp32_precision = before
-        assert torch.equal(posterior.mean, digits[0][:2])
-
     def test_inputs_of_other_precisions(self, digits, brute_force, generator):
         x, path = digits[0], LinearPath()
         oracle = Oracle(DataBank(x), path)
@@ -339,37 +252,6 @@ class TestInvariance:
         x, labels = small
         path = LinearPath()
         return Oracle(DataBank(x, labels), path), queries_of(path, x, labels)
-
-    @pytest.mark.parametrize("size", [1, 7, 19])
-    def test_chunk_size(self, setting, size, monkeypatch):
-        oracle, queries = setting
-        whole = oracle.posterior(*queries)
-        chunks, sizes = DataBank.chunks, []
-
-        def in_small_pieces(self, rows, _):
-            for start, piece in chunks(self, rows, size):
-                sizes.append(len(piece))
-                yield start, piece
-
-        monkeypatch.setattr(DataBank, "chunks", in_small_pieces)
-        assert_same(oracle.posterior(*queries), whole)
-        assert max(sizes) == size
-
-    def test_pieces_that_are_skipped_do_not_count(self, generator, brute_force, path_coefficients, monkeypatch):
-        """The best row in the first, the middle or the last piece; most pieces far below it."""
-        path, chunks = LinearPath(), DataBank.chunks
-        x = torch.randn(90, 30, generator=generator)
-        monkeypatch.setattr(DataBank, "chunks", lambda self, rows, _: chunks(self, rows, 10))
-        t = torch.linspace(0.05, 0.95, 90)[torch.randperm(90, generator=generator)]
-        x_t = noisy(path, x, t, generator)
-        assert_exact(
-            Oracle(DataBank(x), path).posterior(x_t, t),
-            brute_force(x, None, x_t, t, path),
-            x,
-            path_coefficients,
-            path,
-            t,
-        )
 
     @pytest.mark.parametrize("limit", ["MAX_QUERIES", "MAX_QUERY_VALUES"])
     def test_number_of_queries_at_a_time(self, setting, limit, monkeypatch):
@@ -526,30 +408,18 @@ def test_memory_does_not_grow_with_the_bank(generator):
     assert peaks[1] < 2**25
 
 
-def float64_target(rows: Tensor, x0: Tensor, x1: Tensor, t: Tensor, path: Path, coefficients) -> tuple[Tensor, Tensor]:
-    """u* = u_cond + A sum g_i (x_i - x1), with x_t - a x_i = s x0 + a (x1 - x_i), and u_cond; both (B, D)."""
-    rows, x0, x1 = (x.double().flatten(1) for x in (rows, x0, x1))
-    alpha, sigma, scale, pull = coefficients(path, t)
-    towards = []
-    for i in range(len(t)):
-        away = rows - x1[i]
-        log_weight = -(sigma[i] * x0[i] - alpha[i] * away).square().sum(1) / (2 * sigma[i] ** 2)
-        towards.append(torch.softmax(log_weight, 0) @ away)
-    # u_cond = a' x1 + s' x0 with s' = B s, a' = A + B a
-    conditional = (scale + pull * alpha)[:, None] * x1 + (pull * sigma)[:, None] * x0
-    return conditional + scale[:, None] * torch.stack(towards), conditional
-
-
 class TestTarget:
     @pytest.mark.parametrize("per_time", [4])
-    def test_against_float64_at_every_time(self, digits, path, per_time, path_coefficients, generator):
+    def test_against_float64_at_every_time(
+        self, digits, path, per_time, times, brute_force_target, path_coefficients, generator
+    ):
         x, _ = digits
         bank = DataBank(x)
         last = [1 - 1e-4, path.max_time] if isinstance(path, VPPath) else [1 - 1e-4, 1 - 1e-6, 1 - 2**-24]
-        t = torch.tensor(TIMES[0 if not isinstance(path, VPPath) else 3 :] + last).repeat_interleave(per_time)
+        t = torch.tensor(times[0 if not isinstance(path, VPPath) else 3 :] + last).repeat_interleave(per_time)
         index = torch.randint(len(x), t.shape, generator=generator)
         x0, x1 = torch.randn(len(t), 1, 8, 8, generator=generator), x[index]
-        truth, conditional = float64_target(x, x0, x1, t, path, path_coefficients)
+        truth, conditional = brute_force_target(x, x0, x1, t, path)
         target = Oracle(bank, path).target(x0, x1, t)
         assert target.isfinite().all()
         assert target.dtype == torch.float32
@@ -561,7 +431,7 @@ class TestTarget:
         assert (error / conditional.norm(dim=1))[collapsed].max() <= 1e-5
         assert (truth - conditional).norm(dim=1)[collapsed].max() < 1e-3
 
-    def test_with_labels(self, digits, path_coefficients, generator):
+    def test_with_labels(self, digits, brute_force_target, generator):
         x, labels = digits
         path = LinearPath()
         t, index = torch.linspace(0.05, 0.95, 30), torch.randint(len(x), (30,), generator=generator)
@@ -572,7 +442,7 @@ class TestTarget:
         target = Oracle(DataBank(x, labels), path).target(x0, x[index], t, asked)
         for i, label in enumerate(asked.tolist()):
             rows, one = x if label == -1 else x[labels == label], slice(i, i + 1)
-            truth, _ = float64_target(rows, x0[one], x[index[one]], t[one], path, path_coefficients)
+            truth, _ = brute_force_target(rows, x0[one], x[index[one]], t[one], path)
             torch.testing.assert_close(target[one].double().flatten(1), truth, rtol=0, atol=2e-5)
 
     def test_is_finite_at_one(self, digits, generator):
@@ -590,14 +460,14 @@ class TestTarget:
             torch.testing.assert_close(target, path.velocity(x0, x[:8], t), rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("t", [1 - 1e-4, 1 - 1e-5, 1 - 2**-24])
-    def test_near_duplicates_near_one(self, t, path_coefficients, generator):
+    def test_near_duplicates_near_one(self, t, brute_force_target, generator):
         path = LinearPath()
         x = torch.randint(256, (300, 1, 28, 28), generator=generator) / 127.5 - 1
         twin = x.clone()
         twin[:, 0, 3, 5] += 1 / 127.5
         rows, t = torch.cat([x, twin]), torch.full((100,), t)
         x0, x1 = torch.randn(100, 1, 28, 28, generator=generator), rows[250:350]
-        truth, _ = float64_target(rows, x0, x1, t, path, path_coefficients)
+        truth, _ = brute_force_target(rows, x0, x1, t, path)
         error = Oracle(DataBank(rows), path).target(x0, x1, t).double().flatten(1) - truth
         assert error.square().mean(1).max() < 1e-4
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.flow import LinearPath
-from fm_stages.oracle import DataBank, Oracle, exact, rescoring
+from fm_stages.oracle import DataBank, Oracle, rescoring, stream
 
 
 def close_rows(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def test_by_pieces(setting, brute_force, max_values, monkeypatch):
 def test_everything_may_be_scored_again(setting, brute_force, monkeypatch):
     """Also where nothing had to be: both ways give the truth, and the second one to more digits."""
     x, labels, x_t, t, asked = setting
-    monkeypatch.setattr(exact, "COARSE", 0.0)
+    monkeypatch.setattr(stream, "COARSE", 0.0)
     truth = brute_force(x, labels, x_t, t, LinearPath(), asked)
     posterior = Oracle(DataBank(x, labels), LinearPath()).posterior(x_t, t, asked)
     assert (posterior.top1 - truth.top1).abs().max() < 1e-6
@@ -66,41 +66,33 @@ def test_everything_may_be_scored_again(setting, brute_force, monkeypatch):
 
 def test_without_it_close_rows_are_confused(setting, brute_force, monkeypatch):
     x, labels, x_t, t, asked = setting
-    monkeypatch.setattr(exact, "COARSE", math.inf)
+    monkeypatch.setattr(stream, "COARSE", math.inf)
     truth = brute_force(x, labels, x_t, t, LinearPath(), asked)
-    posterior = Oracle(DataBank(x, labels), LinearPath()).posterior(x_t, t, asked)
+    posterior = Oracle(DataBank(x, labels), LinearPath(), tolerance=0).posterior(x_t, t, asked)
     assert (posterior.top1 - truth.top1).abs().max() > 0.1
 
 
 def test_pieces_of_the_bank_change_nothing(setting, brute_force, monkeypatch):
     """The best row of a query may come after rows that were taken for possible ones."""
     x, labels, x_t, t, asked = setting
-    chunks = DataBank.chunks
-    monkeypatch.setattr(DataBank, "chunks", lambda self, rows, _: chunks(self, rows, 7))
+    monkeypatch.setattr(stream, "CPU_VALUES", 1)
+    monkeypatch.setattr(stream, "BLOCK", 7)
     truth = brute_force(x, labels, x_t, t, LinearPath(), asked)
     assert_true(Oracle(DataBank(x, labels), LinearPath()).posterior(x_t, t, asked), truth, t)
 
 
-@pytest.mark.parametrize(
-    ("dims", "offset"),
-    [(1, 0.0), (2, 0.0), (64, 0.0), (784, 0.0), (64, 5.0)],
-)
-def test_the_bound_holds(dims, offset, generator):
-    """Differences between float32 logits, against float64; the common part of a query's logits is no error."""
-    x = torch.randn(400, dims, generator=generator) + offset
-    bank, path = DataBank(x), LinearPath()
-    oracle, t = Oracle(bank, path), torch.sigmoid(torch.linspace(-3, 12, 60))
-    x_t = path.interpolate(torch.randn(60, dims, generator=generator), x[:60], t)
-    query = oracle._queries(x_t, t, -1)
-    rows = torch.cat([piece for _, piece in bank.chunks(bank.slice_of(-1), 400)])
-    a, s = t.double()[:, None, None], 1 - t.double()[:, None, None]
-    truth = -(x_t.double()[:, None] - a * rows[:, :dims].double()).square().sum(2) / (2 * s[:, 0] ** 2)
-    error = (query @ rows.T).double() - truth
-    # rows that matter: those within reach of the best one
-    for i in range(60):
-        reached = truth[i] > truth[i].max() - 30
-        spread = error[i][reached]
-        assert spread.max() - spread.min() <= 2 * rescoring.rounding_error(query, bank)[i].item()
+@pytest.mark.parametrize("most", [0, 1, 2, 5])
+def test_rows_of_one_query_may_be_summed_both_ways(most, setting, brute_force, monkeypatch):
+    """Where one piece of the bank holds too many rows to be scored again and another one does not."""
+    x, labels, x_t, t, asked = setting
+    clear = t < 0.97  # from there on only scoring again resolves the triplets
+    monkeypatch.setattr(stream, "CPU_VALUES", 1)
+    monkeypatch.setattr(stream, "BLOCK", 7)
+    monkeypatch.setattr(stream, "MAX_CANDIDATES", most)
+    monkeypatch.setattr(stream, "FEW", most)
+    truth = brute_force(x, labels, x_t[clear], t[clear], LinearPath(), asked[clear])
+    posterior = Oracle(DataBank(x, labels), LinearPath()).posterior(x_t[clear], t[clear], asked[clear])
+    assert_true(posterior, truth, t[clear])
 
 
 @pytest.mark.parametrize("t", [0.9, 0.97, 0.99])
