@@ -28,6 +28,16 @@ def count_columns(labels: Tensor) -> Tensor:
     return torch.where(labels == -1, 3, 2)
 
 
+def check_index(index: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless these are rows (B,) of a set of so many: on a GPU a wrong one would end the process."""
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"an index is (B,) integers, got {index.dtype} of shape {tuple(index.shape)}")
+    if index.device.type != "meta" and len(index):
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= num_rows:
+            raise ValueError(f"index runs from {low} to {high}, but the bank has {num_rows} rows, counted from 0")
+
+
 class DataBank:
     """The training set, point by point, in the form that the oracle's two matrix products want.
 
@@ -208,17 +218,6 @@ class DataBank:
         """Which of this rank's stored rows stands for training rows (B,): (B,) int64; -1 where it is another rank's."""
         return self._row_of[index.to(self.device)].long()
 
-    def check_index(self, index: Tensor) -> None:
-        """Raise ValueError unless these are training rows (B,): on a GPU a wrong one would end the process."""
-        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(f"an index is (B,) integers, got {index.dtype} of shape {tuple(index.shape)}")
-        if index.device.type != "meta" and len(index):
-            low, high = (int(end) for end in index.aminmax())
-            if low < 0 or high >= self.num_rows:
-                raise ValueError(
-                    f"index runs from {low} to {high}, but the bank has {self.num_rows} rows, counted from 0"
-                )
-
     def rows(self, index: Tensor) -> Tensor:
         """What the network sees of training rows (B,), flips included: (B, ...) float32, with the bits of its batches.
 
@@ -244,7 +243,7 @@ class DataBank:
     def _meet(self, index: Tensor) -> list[int]:
         """Check what training rows (B,) are asked for; how many each rank asks for."""
         with ranks.together(self.group) as meeting:
-            self.check_index(index)
+            check_index(index, self.num_rows)
             meeting.size = len(index)
         return meeting.sizes
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fm_stages.oracle import ranks
 from fm_stages.oracle.exact import Oracle
 from fm_stages.oracle.wiener import Wiener
 
@@ -78,11 +79,13 @@ def decompose(
     Raises:
         ValueError: if the shapes do not fit, or as `Oracle.posterior` does.
     """
-    if prediction.shape != x1.shape or x0.shape != x1.shape:
-        raise ValueError(
-            f"noise, data and prediction need one shape: they have {tuple(x0.shape)}, {tuple(x1.shape)} and "
-            f"{tuple(prediction.shape)}"
-        )
+    with ranks.together(oracle.bank.group) as meeting:
+        meeting.alike = {"giving an index": index is not None}
+        if prediction.shape != x1.shape or x0.shape != x1.shape:
+            raise ValueError(
+                f"noise, data and prediction need one shape: they have {tuple(x0.shape)}, {tuple(x1.shape)} and "
+                f"{tuple(prediction.shape)}"
+            )
     if index is not None:
         x1 = oracle.bank.rows(index)
     x0, x1, t, prediction = x0.float(), x1.float(), t.float(), prediction.float()
