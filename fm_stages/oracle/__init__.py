@@ -3,17 +3,24 @@
 from fm_stages.oracle.bank import DataBank
 from fm_stages.oracle.curves import Curves, TimestepCurves, timestep_bins
 from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
+from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
 from fm_stages.oracle.exact import Oracle, Posterior
+from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle
 from fm_stages.oracle.profile import StageProfile
 from fm_stages.oracle.wiener import Wiener, linear_reference
 
 __all__ = [
+    "ClassBanks",
     "Curves",
     "DataBank",
     "Decomposition",
+    "GaussianMixtureBank",
+    "MixtureOracle",
     "Oracle",
     "Posterior",
+    "SharedBatchOracle",
     "StageProfile",
+    "TemperedOracle",
     "TimestepCurves",
     "Wiener",
     "decompose",

@@ -70,7 +70,7 @@ class Oracle:
     """The kind of bank."""
 
     approximate: str | None = None
-    """What stands in for the oracle of the training set, in words, to be told wherever its numbers are; None: nothing."""
+    """What stands in for the oracle of the training set, in words, to be told wherever its numbers are; or None."""
 
     collapses = True
     """Whether the posterior ends on one row as t -> 1, so that the floor is 0 past the boundary."""

@@ -84,6 +84,19 @@ class HybridTarget(Target):
             raise ValueError(f"the boundary is a time in [0, 1], got {boundary}")
         self.boundary = boundary
 
+    def attach(self, oracle: Oracle) -> None:
+        """See `Target`.
+
+        Raises:
+            ValueError: if the posterior does not end on one row, so that the two differ on both sides of the boundary.
+        """
+        if not oracle.collapses:
+            raise ValueError(
+                f"the posterior of {type(oracle).__name__} does not end on one row, so the floor is not 0 past the "
+                "boundary and the conditional target is no oracle there: use OracleTarget for all t"
+            )
+        super().attach(oracle)
+
     def __call__(
         self, path: Path, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
