@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fm_stages.flow import Path
+from fm_stages.flow import Path, expand_time
 from fm_stages.oracle import ranks
 from fm_stages.oracle.bank import DataBank, count_columns
 from fm_stages.oracle.exact import Oracle
@@ -33,7 +33,7 @@ CPU_VALUES, GPU_VALUES = 2**18, 2**21
 """Values of pairs of a query and a row at a time, some six float64 copies of which are held: on a CPU in its caches."""
 
 QUERIES = 16
-"""Queries per such block."""
+"""Queries per such block, or more of them where that many take all rows at once."""
 
 ROWS = 4096
 """Rows at a time where something is done to all of them once."""
@@ -195,7 +195,8 @@ class MixtureOracle(Oracle):
                 self.bank.rows(index)  # raises
         wide, x0, x1 = t.double().clamp(max=LAST_TIME), x0.double(), x1.double()
         mean = self.posterior(self.path.interpolate(x0, x1, wide), wide, labels).mean
-        return self.target_from_mean(mean, x0, x1, wide).float()
+        scale = expand_time(self.path.mean_coefficient(wide), x1)
+        return (self.path.velocity(x0, x1, wide) + scale * (mean - x1)).float()
 
     def _may_skip(self) -> bool:
         return False  # a row is no point, so that no query collapses on it
@@ -208,7 +209,7 @@ class MixtureOracle(Oracle):
         for label in labels.unique().tolist():
             rows = self.bank.slice_of(label)
             places = torch.arange(rows.start, rows.stop, device=x_t.device)
-            for queries in (labels == label).nonzero()[:, 0].split(QUERIES):
+            for queries in (labels == label).nonzero()[:, 0].split(max(QUERIES, pairs // max(len(places), 1))):
                 own = part[queries]
                 for place in places.split(max(1, pairs // len(queries))) if len(places) else ():
                     log_count = self.bank.log_count(place, count_columns(torch.full_like(place, label)))
