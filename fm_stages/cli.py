@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ def _diagnose() -> None:
 
     diagnose_command()
 
+
+LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
@@ -79,12 +82,15 @@ def _input_error(error: BaseException | None) -> BaseException | None:
             return None
         if files[-1].startswith(ours) and isinstance(error, (ValueError, FileNotFoundError, TypeError)):
             return error
+        if not files[-1].startswith((ours, *LIBRARIES)) and isinstance(error, LookupError | NameError | AssertionError):
+            return None  # a defect in a class of the user's own: its line is what helps
         error = error.__cause__
     return first
 
 
 def _config_files(arguments: list[str]) -> str:
     """The config files among the arguments, to begin a message with."""
-    values = [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config", "-c")]
-    values += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    return f"{', '.join(values)}: " if values else ""
+    from fm_stages.training import config_files
+
+    files = config_files(arguments)
+    return f"{', '.join(files)}: " if files else ""

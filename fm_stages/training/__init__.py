@@ -1,7 +1,7 @@
 """Training: the LightningModule, its targets, the callbacks, and the command line that puts them together."""
 
 from fm_stages.training.checkpoints import Checkpoints, init_from, network_weights, read_checkpoint
-from fm_stages.training.config import CONFIG_KEY, TrainingCLI
+from fm_stages.training.config import CONFIG_KEY, TrainingCLI, config_files
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "Throughput",
     "TrainingCLI",
+    "config_files",
     "init_from",
     "network_weights",
     "read_checkpoint",

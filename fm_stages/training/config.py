@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -64,7 +65,15 @@ class RunConfig(SaveConfigCallback):
 
     @property
     def _yaml(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        """The configuration; what follows from the run's folder is left to follow from another one's as well."""
+        config = self.config.clone()
+        root = config.trainer.default_root_dir
+        if config.checkpoints.dirpath == checkpoint_folder(root):
+            config.checkpoints.dirpath = None
+        for arguments in logger_arguments(config):
+            if arguments.get("save_dir") == root:
+                arguments["save_dir"] = "."
+        return self.parser.dump(config, skip_none=False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing is written yet: other set-ups may still find mistakes."""
@@ -84,6 +93,23 @@ class RunConfig(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says how its network was built, in text: nothing to unpickle."""
         checkpoint[CONFIG_KEY] = self._yaml
+
+
+def config_files(arguments: list[str]) -> list[str]:
+    """The files that command-line arguments name with --config."""
+    after = [file for flag, file in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
+    return after + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
+
+
+def loggers_of(config: Namespace) -> list[Namespace]:
+    """The loggers of a configuration that are given by class path."""
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    return [logger for logger in loggers if getattr(logger, "class_path", "")]
+
+
+def logger_arguments(config: Namespace) -> list[Namespace]:
+    """Their arguments."""
+    return [logger.init_args for logger in loggers_of(config)]
 
 
 class TrainingCLI(LightningCLI):
@@ -133,8 +159,8 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a misspelt section is named first, for the parser would complain of what is then missing."""
         arguments = sys.argv[1:] if args is None else list(args)
-        for flag, file in zip(arguments, arguments[1:], strict=False):
-            if flag == "--config" and Path(file).is_file():
+        for file in config_files(arguments):
+            if Path(file).is_file():
                 found = yaml.safe_load(Path(file).read_text())
                 if strange := [key for key in found or {} if key not in SECTIONS] if isinstance(found, dict) else []:
                     raise ValueError(f"{file} has a section {strange[0]!r}; there are {', '.join(SECTIONS)}")
@@ -148,12 +174,9 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         # known before the Trainer looks for `--ckpt_path last`, which is before any callback's set-up
         config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        for logger in loggers:
-            class_path = getattr(logger, "class_path", "")
-            if class_path.endswith("WandbLogger"):
-                rank_zero_info(f"wandb: {choose_wandb_mode()}")
-            arguments = logger.init_args if class_path else {}
+        if any(logger.class_path.endswith("WandbLogger") for logger in loggers_of(config)):
+            rank_zero_info(f"wandb: {choose_wandb_mode()}")
+        for arguments in logger_arguments(config):
             if "save_dir" in arguments and arguments["save_dir"] in (None, "."):
                 arguments["save_dir"] = config.trainer.default_root_dir
 
