@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_cla
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fm_stages.data.module import ImageData, Splits
+from fm_stages.data.module import ImageData, Splits, available_memory_bytes
 from fm_stages.flow import keyed_generator
 
 _DATA_DIR = "FM_STAGES_DATA"
@@ -227,7 +227,7 @@ class ImageFolder(ImageData):
     def _check_memory(self, num_train: int, num_val: int) -> None:
         """Raise if the decoded images and, while it is made, two copies of the bank do not fit into memory."""
         values = 3 * self.image_size**2
-        needed = values * (num_train + num_val) + 2 * 4 * values * num_train * (2 if self.flip else 1)
+        needed = values * (num_train + num_val) + 2 * values * num_train * (2 if self.flip else 1)
         available = available_memory_bytes()
         if needed > available:
             raise MemoryError(
@@ -235,15 +235,6 @@ class ImageFolder(ImageData):
                 f"{needed / 2**30:.1f} GiB of memory in each process, {available / 2**30:.1f} GiB are available: take "
                 "a smaller image_size, fewer images, or leave flip off"
             )
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be used without swapping, on Linux; elsewhere all there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def decode(files: list[str], image_size: int) -> Tensor:

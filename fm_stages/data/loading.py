@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
-from torchvision.transforms import v2
 
 from fm_stages.flow import keyed_generator
 
-to_model_range = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=[0.5], std=[0.5])])
-"""uint8 images (..., C, H, W) to float32 in [-1, 1]: the only preprocessing, so batches and bank have the same bits."""
+SCALE, SHIFT = 2 / 255, -1.0
+"""From pixels in 0..255 to what the network sees."""
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [-1, 1]: the only preprocessing, with the bits that a bank of pixels gives back."""
+    return images.float() * SCALE + SHIFT
 
 
 class LabelledImages(Dataset):
@@ -51,18 +55,20 @@ class LabelledImages(Dataset):
         """Number of images, flips not counted."""
         return len(self.images)
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as the network sees them, (B, C, H, W) float32 in [-1, 1], and labels (B,) of bank rows (B,) int64.
+    def pixels(self, index: Tensor) -> Tensor:
+        """Images of bank rows (B,) int64 as they are held: (B, C, H, W) uint8.
 
         Raises:
             IndexError: if a row lies outside [0, 2 N).
         """
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < 2 * len(self):
             raise IndexError(f"rows must lie in [0, {2 * len(self)}); they span [{index.min()}, {index.max()}]")
-        image = index % len(self)
-        flipped = (index >= len(self)).view(-1, 1, 1, 1)
-        x = self.images[image]  # (B, C, H, W) uint8
-        return to_model_range(torch.where(flipped, x.flip(-1), x)), self.labels[image]
+        x = self.images[index % len(self)]
+        return torch.where((index >= len(self)).view(-1, 1, 1, 1), x.flip(-1), x)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees of bank rows (B,): (B, C, H, W) float32 in [-1, 1], and labels (B,). See `pixels`."""
+        return to_model_range(self.pixels(index)), self.labels[index % len(self)]
 
     def __getitem__(self, item: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The batch of the pair (rows, positions), each (B,) int64: x1, labels, position and, if in_bank, index."""

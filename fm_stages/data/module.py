@@ -1,16 +1,20 @@
 """The data module that all image data sets share: batches, bank, and the place in the data that a restart needs."""
 
+import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages
-from fm_stages.oracle import DataBank
+from fm_stages.data.loading import SCALE, SHIFT, EpochSampler, HeldOutSampler, LabelledImages
+from fm_stages.oracle import DataBank, plan_bank
 
 
 class _ResumableLoader(DataLoader):
@@ -52,6 +56,7 @@ class ImageData(L.LightningDataModule):
         flip: whether training images are flipped horizontally at random (and the bank holds both).
         seed: of the order and the flips.
         num_workers: processes that load batches; the images are in memory, so 0 is fast.
+        shard_bank: whether each rank holds a part of the bank instead of a copy; None: where copies would be large.
 
     Raises:
         ValueError: if an argument lies outside its range.
@@ -70,6 +75,7 @@ class ImageData(L.LightningDataModule):
         flip: bool = False,
         seed: int = 0,
         num_workers: int = 0,
+        shard_bank: bool | None = None,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -79,7 +85,7 @@ class ImageData(L.LightningDataModule):
                 f"num_workers={num_workers} 0 or more"
             )
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
-        self.flip, self.seed, self.num_workers = flip, seed, num_workers
+        self.flip, self.seed, self.num_workers, self.shard_bank = flip, seed, num_workers, shard_bank
         self._train: LabelledImages | None = None
         self._val: LabelledImages | None = None
         self._bank: DataBank | None = None
@@ -117,14 +123,25 @@ class ImageData(L.LightningDataModule):
     def bank(self) -> DataBank:
         """The training set as the oracle sees it, made on the first call.
 
-        Row i is training image i; with flips row num_train + i is its flip. Bit for bit what batches hold.
+        Row i is training image i; with flips row num_train + i is its flip. Pixels, which it gives back as what batches
+        hold, bit for bit. On several ranks it is sharded if ``shard_bank`` says so, or if copies would take too much
+        memory; every rank calls this.
+
+        Raises:
+            MemoryError: if the bank does not fit.
         """
         if self._bank is None:
             train = self._ready()[0]
-            x1 = torch.empty(self.num_train * (2 if self.flip else 1), *self.shape)
-            for rows in torch.arange(len(x1)).split(4096):  # by pieces: preprocessing makes copies
-                x1[rows] = train.rows(rows)[0]
-            self._bank = DataBank(x1, train.labels.repeat(2 if self.flip else 1))
+            num_rows = self.num_train * (2 if self.flip else 1)
+            ranks = self.trainer.world_size if self.trainer and dist.is_initialized() else 1
+            memory = self._memory_per_rank()
+            plan = plan_bank(num_rows, math.prod(self.shape), 1, memory, ranks, self.shard_bank)
+            index = torch.tensor(plan.rows_of(dist.get_rank() if plan.sharded else 0))
+            pixels = torch.empty(len(index), *self.shape, dtype=torch.uint8)
+            for place in torch.arange(len(index)).split(4096):  # by pieces: flipping makes copies
+                pixels[place] = train.pixels(index[place])
+            labels = train.labels[index % self.num_train]
+            self._bank = DataBank(pixels, labels, SCALE, SHIFT, dist.group.WORLD if plan.sharded else None)
         return self._bank
 
     def train_dataloader(self) -> DataLoader:
@@ -176,6 +193,14 @@ class ImageData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the place of a checkpoint."""
         self._resumed = dict(state_dict)
+
+    def _memory_per_rank(self) -> int:
+        """Memory where this rank's bank will lie."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        ranks_here = self.trainer.num_devices if self.trainer else 1
+        return available_memory_bytes() // ranks_here
 
     def _ready(self) -> tuple[LabelledImages, LabelledImages]:
         """The training and the held-out set, read if they were not yet."""
@@ -243,3 +268,12 @@ class ImageData(L.LightningDataModule):
                 "images were done, but their gradients are not in the file. The first step goes without them; save "
                 "after whole steps to continue exactly."
             )
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be used without swapping, on Linux; elsewhere all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

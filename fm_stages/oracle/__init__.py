@@ -6,10 +6,14 @@ from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle
+from fm_stages.oracle.plan import BankPlan, describe, plan_bank
 from fm_stages.oracle.profile import StageProfile
+from fm_stages.oracle.ranks import together
+from fm_stages.oracle.skipping import measure_nearest
 from fm_stages.oracle.wiener import Wiener, linear_reference
 
 __all__ = [
+    "BankPlan",
     "ClassBanks",
     "Curves",
     "DataBank",
@@ -24,7 +28,11 @@ __all__ = [
     "TimestepCurves",
     "Wiener",
     "decompose",
+    "describe",
     "linear_reference",
     "mean_square",
+    "measure_nearest",
+    "plan_bank",
     "timestep_bins",
+    "together",
 ]

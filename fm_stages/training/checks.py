@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from fm_stages.oracle import Oracle
+from fm_stages.oracle import Oracle, together
 
 REQUIRED = ("x0", "x1", "x_t", "t", "prediction")
 OPTIONAL = ("prediction_ema", "labels", "index")
@@ -59,21 +59,44 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
     Raises:
         ValueError: what is wrong, with the remedy.
     """
-    _check_interpolation(oracle, seen)
-    x1, labels = seen["x1"], seen.get("labels")
-    bank = oracle.bank
-    tolerance = 1e-4 * bank.rms_norm
-    missing = _distance(oracle, x1, None) > tolerance
+    group = oracle.bank.group
+    with together(group):
+        _check_interpolation(oracle, seen)
+    tolerance = 1e-4 * oracle.bank.rms_norm
+    distance = _distance(oracle, seen["x1"], None)
+    with together(group):
+        _check_rows(oracle, seen["x1"], distance > tolerance)
+    if "index" in seen:
+        with together(group):
+            _check_index_range(oracle, seen["index"])
+        away = (oracle.bank.rows(seen["index"]) - seen["x1"]).flatten(1).norm(dim=1)
+        with together(group):
+            _check_index(away > tolerance)
+    labels = seen.get("labels")
+    if labels is None:
+        return
+    with together(group):
+        _check_labels(oracle, labels)
+    if oracle.bank.has_labels:
+        distance = _distance(oracle, seen["x1"], labels)
+        with together(group):
+            _check_meaning(labels, distance > tolerance)
+
+
+def _check_rows(oracle: Oracle, x1: Tensor, missing: Tensor) -> None:
     if bool(missing.any()):
         raise ValueError(
             f"{int(missing.sum())} of {len(x1)} rows of the first training batch are not in the bank. Batch: mean "
-            f"{x1.mean():.3f}, std {x1.std():.3f}; bank: mean {bank.mean.mean():.3f}. Use the same normalisation and "
-            "no random augmentation but flips that the bank holds as rows"
+            f"{x1.mean():.3f}, std {x1.std():.3f}; bank: mean {oracle.bank.mean.mean():.3f}. Use the same "
+            "normalisation and no random augmentation but flips that the bank holds as rows"
         )
-    _check_index(oracle, seen, tolerance)
-    if labels is None or bool((labels == -1).all()):
-        return
+
+
+def _check_labels(oracle: Oracle, labels: Tensor) -> None:
+    bank = oracle.bank
     if not bank.has_labels:
+        if bool((labels == -1).all()):
+            return
         raise ValueError("the module reports labels, but the bank has none: build it as DataBank(x1, labels)")
     highest = max(bank.label_counts)
     strange = labels[(labels < -1) | (labels > highest)]
@@ -82,28 +105,29 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
             f"the module reports label {int(strange[0])}, the bank's labels run from 0 to {highest}: report dropped "
             "(null) labels as -1; only the network maps them to its null row"
         )
-    wrong = (_distance(oracle, x1, labels) > tolerance).nonzero()[:, 0]
-    if len(wrong):
+
+
+def _check_meaning(labels: Tensor, wrong: Tensor) -> None:
+    if bool(wrong.any()):
         raise ValueError(
-            f"{len(wrong)} of {len(x1)} rows of the first training batch carry another label in the bank (the module "
-            f"reports {int(labels[wrong[0]])} for one of them): both must number the classes alike"
+            f"{int(wrong.sum())} of {len(labels)} rows of the first training batch carry another label in the bank "
+            f"(the module reports {int(labels[wrong][0])} for one of them): both must number the classes alike"
         )
 
 
-def _check_index(oracle: Oracle, seen: dict[str, Tensor], tolerance: float) -> None:
+def _check_index_range(oracle: Oracle, index: Tensor) -> None:
     """The rows that the module names must be its data: the oracle reads x1 from them."""
-    index = seen.get("index")
-    if index is None:
-        return
     if int(index.min()) < 0 or int(index.max()) >= oracle.bank.num_rows:
         raise ValueError(
             f"the module reports index from {int(index.min())} to {int(index.max())}, the bank has "
             f"{oracle.bank.num_rows} rows: report the row in the bank, or no index"
         )
-    wrong = (oracle.bank.rows(index) - seen["x1"]).flatten(1).norm(dim=1) > tolerance
+
+
+def _check_index(wrong: Tensor) -> None:
     if bool(wrong.any()):
         raise ValueError(
-            f"{int(wrong.sum())} of {len(index)} rows that the module names by index are other rows of the bank: "
+            f"{int(wrong.sum())} of {len(wrong)} rows that the module names by index are other rows of the bank: "
             "report the row in the bank (of a flipped image the row of its flip), or no index"
         )
 

@@ -20,10 +20,12 @@ from fm_stages.oracle import (
     TimestepCurves,
     Wiener,
     decompose,
+    describe,
     linear_reference,
     timestep_bins,
 )
 from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
+from fm_stages.training.flops import step_flops
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.loggers import log_curves, log_figure, log_metrics, run_folder
 from fm_stages.training.report import closed, report
@@ -114,13 +116,17 @@ class OracleMonitor(L.Callback):
             self.profile = self.wiener = None  # of other data
         self._oracle = Oracle(bank, path)
 
-    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, label_dropout: float) -> None:
-        """Measure the stages of the data and the linear reference, once."""
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, seen: dict[str, Tensor], share: float) -> None:
+        """Say what the bank costs, and measure the stages of the data and the linear reference, once."""
         bank = self.oracle.bank.to(pl_module.device)
-        rank_zero_info(f"Oracle: {bank}, {bank.num_bytes / 2**20:.1f} MiB on {bank.device}. Measuring the stages ...")
+        flops = step_flops(pl_module, seen["x_t"], seen["t"], seen.get("labels"))
+        cost = describe(bank, len(seen["t"]), share, trainer.world_size, flops)
+        rank_zero_info(f"Oracle: {cost} Measuring the stages ...")
         start = time.perf_counter()
-        measured = StageProfile.measure(self.oracle, label_dropout) if trainer.is_global_zero else None
-        profile: Any = trainer.strategy.broadcast(measured)  # one measurement, equal on all ranks to the last bit
+        # one measurement, equal on all ranks to the last bit; ranks that share a bank measure it together
+        measures = trainer.is_global_zero or bank.group is not None
+        measured = StageProfile.measure(self.oracle, share) if measures else None
+        profile: Any = trainer.strategy.broadcast(measured)
         self.profile = profile
         self.wiener = linear_reference(bank, self.oracle.path)
         rank_zero_info(
@@ -193,7 +199,7 @@ class OracleMonitor(L.Callback):
         self._checked = True
         share = self._label_dropout(trainer, pl_module, seen.get("labels"))
         if self.profile is None or self.profile.label_dropout != share:
-            self._prepare(trainer, pl_module, share)
+            self._prepare(trainer, pl_module, seen, share)
         self._open_window(pl_module)
 
     def _open_window(self, pl_module: L.LightningModule) -> None:
@@ -273,7 +279,7 @@ class OracleMonitor(L.Callback):
             return
         seen = outputs_of(outputs, pl_module)
         if self.profile is None:  # `validate` without a fit
-            self._prepare(trainer, pl_module, self._label_dropout(trainer, pl_module, seen.get("labels")))
+            self._prepare(trainer, pl_module, seen, self._label_dropout(trainer, pl_module, seen.get("labels")))
         assert self.profile is not None
         if self._held_out_sums is None:
             edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)

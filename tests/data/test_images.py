@@ -269,7 +269,7 @@ class TestImageFolder:
 
     def test_too_much_for_the_memory_raises_before_decoding(self, tmp_path, monkeypatch):
         folder_of(tmp_path)
-        needed = 20 * 3 * 64 * 64 + 2 * 4 * 20 * 3 * 64 * 64
+        needed = 20 * 3 * 64 * 64 + 2 * 20 * 3 * 64 * 64
         monkeypatch.setattr(images, "available_memory_bytes", lambda: needed - 1)
         with pytest.raises(MemoryError, match="20 images of 64x64 .* smaller image_size"):
             ImageFolder(str(tmp_path), image_size=64).setup()
