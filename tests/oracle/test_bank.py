@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fm_stages.oracle import DataBank
+from fm_stages.flow import LinearPath
+from fm_stages.oracle import DataBank, Oracle
+from fm_stages.oracle.skipping import measure_nearest
 
 
 def bits(x: Tensor) -> list[int]:
@@ -140,6 +142,112 @@ class TestMoments:
         assert bank.label_counts == dict(enumerate(labels.bincount().tolist()))
 
 
+SHAPE = (3, 4, 4)
+AFFINE = {
+    "numbers": (1 / 127.5, -1.0),
+    "negative": (-0.02, 1.5),
+    "per channel": (torch.tensor([0.01, 0.02, 0.005])[:, None, None], torch.tensor([-1.0, -2.0, 0.5])[:, None, None]),
+    "shift per value": (0.01, torch.linspace(-1, 1, 48).reshape(SHAPE)),
+}
+
+
+def stored(dtype: str, num: int, generator: torch.Generator) -> Tensor:
+    """Images as they come, in a few tight groups, some of them twice or thrice."""
+    group = torch.rand(num // 20 + 1, *SHAPE, generator=generator).repeat_interleave(20, 0)[:num]
+    x = (group * 200 + 55 * torch.rand(num, *SHAPE, generator=generator)).round()
+    x = x.to(torch.uint8) if dtype == "uint8" else (x * 0.997).to(getattr(torch, dtype))
+    return torch.cat([x, x[:10], x[5:8]])
+
+
+class TestStorage:
+    """Rows are stored as they come; what the network sees of them is what counts."""
+
+    @pytest.fixture(params=["uint8", "float16", "bfloat16", "float32"])
+    def x(self, request, generator) -> Tensor:
+        return stored(request.param, 150, generator)
+
+    @pytest.fixture(params=list(AFFINE))
+    def affine(self, request) -> tuple[float | Tensor, float | Tensor]:
+        return AFFINE[request.param]
+
+    def test_rows_are_the_decoded_ones_bit_for_bit(self, x, affine):
+        scale, shift = affine
+        bank = DataBank(x, scale=scale, shift=shift)
+        index = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
+        assert bank.dtype == x.dtype
+        assert bits(bank.rows(index)) == bits(x[index].float() * scale + shift)
+        assert bank.num_distinct == 150
+
+    def test_posterior_and_target_are_those_of_the_decoded_rows(
+        self, x, affine, path, queries_of, brute_force, brute_force_target, errors_of, generator
+    ):
+        scale, shift = affine
+        decoded, labels = x.float() * scale + shift, torch.arange(len(x)) % 3
+        oracle = Oracle(DataBank(x, labels, scale, shift), path)
+        x_t, t, asked = queries_of(path, decoded, labels, times=[0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95], per_time=5)
+        truth = brute_force(decoded, labels, x_t, t, path, asked)
+        errors = errors_of(oracle.posterior(x_t, t, asked), truth, decoded)
+        assert ((truth.top1 > 0.1) & (truth.top1 < 0.9)).sum() > 5
+        assert errors["mean"] < 1e-5
+        assert max(errors.values()) < 1e-4
+        plain = Oracle(DataBank(decoded, labels), path)
+        assert max(errors_of(plain.posterior(x_t, t, asked), truth, decoded).values()) < 1e-4
+
+        index = torch.randint(len(x), (20,), generator=generator)
+        x0, t = torch.randn(20, *SHAPE, generator=generator), torch.linspace(0.1, 0.999, 20)
+        truth, conditional = brute_force_target(decoded, x0, decoded[index], t, path)
+        error = (oracle.target(x0, decoded[index], t, index=index).double().flatten(1) - truth).norm(dim=1)
+        assert (error / conditional.norm(dim=1)).max() < 2e-5
+
+    def test_moments_are_those_of_the_decoded_rows(self, x, affine):
+        scale, shift = affine
+        bank = DataBank(x, torch.arange(len(x)) % 4, scale, shift)
+        seen = (x.double() * scale + shift).flatten(1).numpy()  # scale and shift as float32 have them: to 1e-7
+        np.testing.assert_allclose(bank.mean.numpy(), seen.mean(0), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(bank.covariance().numpy(), np.cov(seen.T, bias=True), rtol=0, atol=1e-6)
+        assert bank.rms_norm == pytest.approx(np.sqrt((seen**2).sum(1).mean()), rel=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32])
+    def test_takes_little_more_than_the_values(self, dtype, generator):
+        """Whatever the bank keeps, the table of indices and the nearest distances included."""
+        x = torch.randint(256, (2000, 1, 28, 28), generator=generator, dtype=torch.uint8).to(dtype)
+        bank = DataBank(x, torch.arange(2000) % 10, 2 / 255, -1.0)
+        measure_nearest(bank)
+        least = 2000 * 784 * dtype.itemsize
+        assert least < bank.num_bytes < 1.05 * least
+        kept = {}
+        for value in vars(bank).values():
+            if isinstance(value, Tensor):
+                kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        assert least < sum(kept.values()) < 1.05 * least
+
+    def test_moves_with_its_scale(self, x):
+        bank = DataBank(x, scale=torch.full(SHAPE, 0.5)).to("meta")
+        assert bank.rows(torch.tensor([3], device="meta")).device.type == "meta"
+
+    def test_is_not_changed_by_the_caller(self, generator):
+        x, scale = stored("uint8", 30, generator), torch.full((3, 1, 1), 0.5)
+        bank = DataBank(x, scale=scale)
+        before = bank.rows(torch.arange(30))
+        x.zero_()
+        scale.zero_()
+        assert torch.equal(bank.rows(torch.arange(30)), before)
+
+    def test_numbers_become_tensors_of_one_value(self, generator):
+        x = stored("uint8", 30, generator)
+        one, other = DataBank(x, scale=0.5, shift=2), DataBank(x, scale=torch.tensor(0.5), shift=torch.tensor([2.0]))
+        assert torch.equal(one.rows(torch.arange(30)), other.rows(torch.arange(30)))
+
+    def test_queries_may_be_of_any_precision(self, generator, brute_force):
+        x = stored("uint8", 100, generator)
+        decoded = x.float() / 100 - 1
+        t = torch.linspace(0.1, 0.8, 12)
+        x_t = LinearPath().interpolate(torch.randn(12, *SHAPE, generator=generator), decoded[:12], t).bfloat16()
+        posterior = Oracle(DataBank(x, scale=0.01, shift=-1), LinearPath()).posterior(x_t, t)
+        truth = brute_force(x.float() * 0.01 - 1, None, x_t, t, LinearPath())
+        assert (posterior.top1 - truth.top1).abs().max() < 1e-5
+
+
 class TestIdentity:
     def test_copies_are_itself(self, rows):
         """So that neither a copied module (EMA) nor a checkpoint carries the training set."""
@@ -173,6 +281,36 @@ class TestRefusals:
     def test_other_integers(self, dtype):
         with pytest.raises(ValueError, match=f"{dtype}.*preprocess"):
             DataBank(torch.ones(3, 2, dtype=dtype))
+
+    def test_pixels_without_a_scale(self):
+        with pytest.raises(ValueError, match="uint8 rows need the scale and shift"):
+            DataBank(torch.ones(3, 2, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="uint8 rows need the scale and shift"):
+            DataBank(torch.ones(3, 2, dtype=torch.uint8), shift=-1.0)
+
+    @pytest.mark.parametrize(
+        ("scale", "shift", "name"),
+        [
+            (0.0, 0.0, "scale"),
+            (float("nan"), 0.0, "scale"),
+            (float("inf"), 0.0, "scale"),
+            (torch.tensor([1.0, 0.0]), 0.0, "scale"),
+            (0.5, float("nan"), "shift"),
+            (0.5, -float("inf"), "shift"),
+            (0.5, torch.tensor([0.0, float("nan")]), "shift"),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_scales_and_shifts_that_make_no_sense(self, scale, shift, name, dtype):
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            DataBank(torch.ones(3, 2, dtype=dtype), scale=scale, shift=shift)
+
+    @pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 3, 1)], ids=str)
+    def test_scales_and_shifts_of_other_shapes(self, shape):
+        x = torch.ones(3, 2, dtype=torch.uint8)
+        for given in ({"scale": torch.ones(shape)}, {"scale": 0.5, "shift": torch.ones(shape)}):
+            with pytest.raises(ValueError, match="does not fit rows of shape"):
+                DataBank(x, **given)
 
     @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("row", [0, 3, 9000])
