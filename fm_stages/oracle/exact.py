@@ -179,10 +179,9 @@ class Oracle:
             raise ValueError(
                 f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}"
             )
-        if x_t.device != self.bank.device:
-            raise ValueError(
-                f"the bank is on {self.bank.device}, the queries on {x_t.device}: move it with bank.to(...)"
-            )
+        for name, device in (("queries", x_t.device), ("times", t.device)):
+            if device != self.bank.device:
+                raise ValueError(f"the bank is on {self.bank.device}, the {name} on {device}: move it with bank.to(...)")
         expand_time(t, x_t)
         check_time(t)
         if index is not None:
@@ -198,7 +197,7 @@ class Oracle:
             )
         for label in labels.unique().tolist():
             self.bank.slice_of(label)  # raises if there is none
-        return labels
+        return labels.to(x_t.device)
 
     def _may_skip(self) -> bool:
         """Whether whole queries may be certified: distances are there, and weights are those of the bank's rows."""
