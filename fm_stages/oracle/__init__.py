@@ -6,7 +6,7 @@ from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle
-from fm_stages.oracle.plan import BankPlan, describe, plan_bank
+from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank
 from fm_stages.oracle.profile import StageProfile
 from fm_stages.oracle.ranks import together
 from fm_stages.oracle.skipping import measure_nearest
@@ -32,6 +32,7 @@ __all__ = [
     "linear_reference",
     "mean_square",
     "measure_nearest",
+    "nearest_pays",
     "plan_bank",
     "timestep_bins",
     "together",

@@ -70,7 +70,8 @@ def decompose(
         t: (B,) times.
         prediction: (B, ...) the model's velocity at x_t = interpolate(x0, x1, t).
         labels: (B,) int64 that the model saw, after label dropout; -1 = unconditional.
-        index: (B,) int64 rows of the training set; x1 is then read from the bank.
+        index: (B,) int64 rows of the training set; x1 is then read from the bank, and the oracle may skip samples that
+            have certainly collapsed on their row (`Oracle.posterior`).
         wiener: the linear reference, if its gap is wanted.
 
     Returns:
@@ -92,7 +93,7 @@ def decompose(
     path = oracle.path
     x_t = path.interpolate(x0, x1, t)
     conditional = path.velocity(x0, x1, t)
-    posterior = oracle.posterior(x_t, t, labels)
+    posterior = oracle.posterior(x_t, t, labels, index)
     best = oracle.target_from_mean(posterior.mean, x0, x1, t)
 
     scale = path.mean_coefficient(t.double())

@@ -98,6 +98,19 @@ def plan_bank(
     )
 
 
+def nearest_pays(num_rows: int, num_queries: int, num_calls: int) -> bool:
+    """Whether `fm_stages.oracle.measure_nearest`, N^2 products of rows, is less than what it saves.
+
+    It saves both products, B N each, for the share of uniform t that is certified: a quarter or more on images.
+
+    Args:
+        num_rows: N.
+        num_queries: B of a call.
+        num_calls: how often the oracle will be asked for a target.
+    """
+    return num_rows < 0.25 * 2 * num_queries * num_calls
+
+
 def describe(
     bank: DataBank, num_queries: int, label_dropout: float, num_ranks: int = 1, step_flops: int | None = None
 ) -> str:

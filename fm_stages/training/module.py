@@ -22,7 +22,7 @@ from fm_stages.flow import (
     keyed_uniform,
     stratified_uniform,
 )
-from fm_stages.oracle import Oracle
+from fm_stages.oracle import Oracle, measure_nearest, nearest_pays
 from fm_stages.training.ema import frozen_twin, ramped_decay, update_twin
 from fm_stages.training.targets import ConditionalTarget, Target
 
@@ -115,9 +115,14 @@ class FlowMatching(L.LightningModule):
         self.loaded_step = int(checkpoint.get("global_step", 0))
 
     def on_fit_start(self) -> None:
-        """Bring the bank to where the queries will be."""
-        if self.target.oracle is not None:
-            self.target.oracle.bank.to(self.device)
+        """Bring the bank to where the queries will be; measure nearest neighbours if that spares more work."""
+        if self.target.oracle is None:
+            return
+        bank = self.target.oracle.bank.to(self.device)
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 0)
+        pays = nearest_pays(bank.num_rows, batch_size, self.trainer.max_steps)
+        if self.target.can_skip and bank.nearest is None and pays:
+            measure_nearest(bank)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Draw t, noise and label dropout; interpolate; predict; regress. Returns what callbacks need."""

@@ -16,6 +16,9 @@ class Target(ABC):
     needs_oracle = False
     """Whether `attach` must be called before the first step."""
 
+    can_skip = False
+    """Whether it asks at all times, so that some queries could be skipped (`fm_stages.oracle.measure_nearest`)."""
+
     def __init__(self) -> None:
         self.oracle: Oracle | None = None
 
@@ -61,6 +64,7 @@ class OracleTarget(Target):
     """The oracle velocity itself: the same expected gradient without the noise of the one-sample estimate."""
 
     needs_oracle = True
+    can_skip = True
 
     def __call__(
         self, path: Path, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
