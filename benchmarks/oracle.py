@@ -37,6 +37,7 @@ from fm_stages.oracle import DataBank, Oracle
 
 NUM_ROWS = 60_000
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.99)
+PARTS = ("products", "others", "errors", "memory")
 
 SLICE_QUERIES, SLICE_ROWS = 16, 6000
 """Of Stable Target Field's tensor."""
@@ -157,6 +158,7 @@ def main() -> None:
     made.add_argument(
         "--sizes", type=positive, nargs="*", default=[60_000, 250_000, 1_000_000], help="bank rows of the memory table"
     )
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to make (default: all)")
     options = made.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -165,14 +167,19 @@ def main() -> None:
     print(f"{name}, {options.queries} queries, {options.rounds} rounds; {machine(options.device)}", flush=True)
     ratios = ["ratio, median", "min - max", "goal"]
     with full_precision_products():
-        lines = time_cases(against_products(bank, options.queries), options.rounds, bank.device)
-        print("\n" + table(["oracle", "ms", "products or all classes, ms", *ratios], lines), flush=True)
-        lines = time_cases(against_other_ways(bank, options.queries), options.slow_rounds, bank.device)
-        print("\n" + table(["over the oracle", "ms", "oracle, ms", *ratios], lines), flush=True)
-        errors = error_rows(bank, min(16, options.queries))
-    print("\n" + table(["t", "error of m: oracle", "plain full softmax, float32", "mean top1"], errors), flush=True)
+        if "products" in options.parts:
+            lines = time_cases(against_products(bank, options.queries), options.rounds, bank.device)
+            print("\n" + table(["oracle", "ms", "products or all classes, ms", *ratios], lines), flush=True)
+        if "others" in options.parts:
+            lines = time_cases(against_other_ways(bank, options.queries), options.slow_rounds, bank.device)
+            print("\n" + table(["over the oracle", "ms", "oracle, ms", *ratios], lines), flush=True)
+        if "errors" in options.parts:
+            lines = error_rows(bank, min(16, options.queries))
+            header = ["t", "error of m: oracle", "plain full softmax, float32", "mean top1"]
+            print("\n" + table(header, lines), flush=True)
     del bank
-    print("\n" + memory_table(options.sizes, options.queries, options.device))
+    if "memory" in options.parts:
+        print("\n" + memory_table(options.sizes, options.queries, options.device))
 
 
 if __name__ == "__main__":

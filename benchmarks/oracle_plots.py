@@ -26,6 +26,7 @@ import torch
 from banks import NUM_DIMS, PATH, Queries, all_rows, as_bytes, load_bank, queries, random_bank
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from peers import error, exact_mean, full_softmax, two_products
 from timing import alternate, full_precision_products, machine, parser, positive
 from torch import Tensor
@@ -42,7 +43,7 @@ FOOT = 1e-9
 
 STYLES = {  # colour, line, marker
     "oracle, t in (0, 1)": ("#c1440e", "-", "o"),
-    "oracle, nothing left out": ("#e09f3e", "--", "s"),
+    "oracle, nothing left out": ("#e09f3e", "--", "D"),
     "two float32 products": ("#253237", ":", "^"),
     "oracle, float32 rows": ("#c1440e", "-", "o"),
     "oracle, 8-bit rows": ("#6a994e", "-", "v"),
@@ -126,7 +127,9 @@ def _cost(axes: Axes, data: dict) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("N, rows of the bank")
-    axes.set_ylabel(f"ms for {data['num_queries']} queries, {data['threads']} thread(s)")
+    axes.set_ylabel(f"ms for {data['num_queries']} queries, threads: {data['threads']}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_title(f"cost: {NUM_DIMS} values per row", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", fontsize=8)
@@ -138,7 +141,8 @@ def _error(axes: Axes, data: dict) -> None:
         if name == "top1":
             continue
         colour, line, marker = STYLES[name]
-        axes.plot(times, [max(v, FOOT) for v in values], color=colour, ls=line, marker=marker, ms=4, label=name)
+        hollow = {"mfc": "none", "ms": 8} if marker == "s" else {"ms": 4}  # it lies on another line
+        axes.plot(times, [max(v, FOOT) for v in values], color=colour, ls=line, marker=marker, label=name, **hollow)
     collapse = next((t for t, top1 in zip(times, data["error"]["top1"], strict=True) if top1 >= 0.5), None)
     if collapse is not None:
         axes.axvline(collapse, color="0.7", lw=0.8)
@@ -148,7 +152,8 @@ def _error(axes: Axes, data: dict) -> None:
     axes.set_ylim(FOOT / 2, 30)
     axes.set_xlim(0, 1)
     axes.set_xlabel("t   (0 = noise, 1 = data)")
-    axes.set_ylabel(f"error of m, largest of {data['error_queries']} (below {FOOT:g}: at the foot)")
+    axes.set_ylabel(f"error of m, largest of {data['error_queries']} queries")
+    axes.text(0.99, FOOT * 2, f"{FOOT:g} or less", ha="right", va="bottom", fontsize=8, color="0.35")
     axes.set_title(f"error: {data['bank']}", fontsize=10, pad=16)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right", fontsize=8, ncols=2)
