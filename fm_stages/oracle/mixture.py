@@ -168,7 +168,7 @@ class GaussianMixtureBank:
 class MixtureOracle(Oracle):
     """The exact oracle of a `GaussianMixtureBank`: every pair of a query and a row, in float64, nothing left out.
 
-    Its cost is that of B N D logarithms: 60,000 rows of 784 values take some 0.2 s per query and CPU core. ``top1``,
+    Its cost is that of B N D logarithms: 60,000 rows of 784 values take 0.4 to 0.9 s per query and CPU core. ``top1``,
     ``ess`` and ``entropy`` are those of the rows' weights, which no longer say that the posterior is a point; the floor
     does. Indices of own rows are of no use to it, and `target` and `decompose` refuse them.
 

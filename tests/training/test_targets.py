@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fm_stages.flow import CosinePath, LinearPath
-from fm_stages.oracle import DataBank, Oracle
+from fm_stages.oracle import DataBank, GaussianMixtureBank, MixtureOracle, Oracle
 from fm_stages.training import ConditionalTarget, HybridTarget, OracleTarget
 
 
@@ -109,3 +109,13 @@ class TestHybrid:
     def test_a_boundary_outside_the_interval_raises(self, boundary):
         with pytest.raises(ValueError, match=rf"a time in \[0, 1\], got {boundary}"):
             HybridTarget(boundary)
+
+    def test_a_posterior_that_ends_on_no_point_is_refused(self, draws):
+        """Rows that are distributions leave a floor past the boundary; the oracle's target is right for all t."""
+        path, _, x0, x1, t, *_ = draws
+        oracle = MixtureOracle(GaussianMixtureBank(x1, torch.full_like(x1, 0.3)), path)
+        with pytest.raises(ValueError, match="floor is not 0 past the boundary.* use OracleTarget for all t"):
+            HybridTarget(0.5).attach(oracle)
+        target = OracleTarget()
+        target.attach(oracle)
+        assert torch.equal(target(path, x0, x1, t), oracle.target(x0, x1, t))
