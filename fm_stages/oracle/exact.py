@@ -181,7 +181,7 @@ class Oracle:
             )
         for name, device in (("queries", x_t.device), ("times", t.device)):
             if device != self.bank.device:
-                raise ValueError(f"the bank is on {self.bank.device}, the {name} on {device}: move it with bank.to(...)")
+                raise ValueError(f"the bank is on {self.bank.device}, the {name} on {device}: move it: bank.to(...)")
         expand_time(t, x_t)
         check_time(t)
         if index is not None:
@@ -242,10 +242,10 @@ class Oracle:
 
     def _partial(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
         """The posterior of queries (B, D) over the rows of this rank."""
-        part = Partial.empty(x_t)
-        if not len(x_t):
-            return part
         size = max(1, min(MAX_QUERIES, MAX_QUERY_VALUES // self.bank.num_dims))
+        if 0 < len(x_t) <= size and bool((labels == labels[0]).all()):
+            return self._of_sorted(x_t, t, labels)
+        part = Partial.empty(x_t)
         for queries in torch.argsort(labels, stable=True).split(size):
             part[queries] = self._of_sorted(x_t[queries], t[queries], labels[queries])
         return part
