@@ -200,11 +200,11 @@ class DataBank:
 
     def to_query(self, direction: Tensor) -> Tensor:
         """A vector (B, D) whose product with what the network sees is wanted, for products with stored values."""
-        return direction * self._scale
+        return direction if self._as_stored else direction * self._scale
 
     def from_sums(self, sums: Tensor, weight: Tensor) -> Tensor:
         """Sums (B, D) of what the network sees, from those of stored values and their weights' sum (B, 1)."""
-        return sums * self._scale + weight * self._shift
+        return sums if self._as_stored else sums * self._scale + weight * self._shift
 
     def stored(self, rows: Tensor) -> Tensor:
         """What the network sees of stored rows, by their place on this rank (B,): (B, D) float32."""

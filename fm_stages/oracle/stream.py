@@ -227,8 +227,10 @@ class Sums:
             column: (B,) which of the extra columns holds the log counts that are in the logits.
             offset: (B,) float64, what makes of a logit -||x_t - a x||^2 / (2 s^2) + log count.
         """
-        part = Partial.empty(x_t)
         used = (self.weight > 0).nonzero()[:, 0]
+        if len(used) == len(x_t):
+            return self._partial(bank, x_t, a, s, column, offset)
+        part = Partial.empty(x_t)
         if len(used):
             part[used] = self[used]._partial(bank, x_t[used], a[used], s[used], column[used], offset[used])
         return part
@@ -240,10 +242,13 @@ class Sums:
         moment = bank.from_sums(total, weight[:, None]) - weight[:, None] * best
 
         from_mean = best - bank.mean
-        early = extra[:, 0] - 2 * (moment * from_mean).sum(1) - weight * from_mean.square().sum(1)
-        late = 2 / a[:, 0] * ((x_t - a * best) * moment).sum(1)
-        log_counts = extra.gather(1, column[:, None])[:, 0] - weight * bank.log_count(self.best, column)
-        late += 2 * (s / a)[:, 0] ** 2 * (log_counts - self.depth)
+        spread = extra[:, 0] - 2 * (moment * from_mean).sum(1) - weight * from_mean.square().sum(1)
+        late = (a >= s).nonzero()[:, 0]
+        if len(late):
+            log_counts = extra.gather(1, column[:, None])[:, 0] - weight * bank.log_count(self.best, column)
+            across = ((x_t[late] - a[late] * best[late]) * moment[late]).sum(1, keepdim=True)
+            depth = (log_counts - self.depth)[late, None]
+            spread[late] = (2 / a[late] * across + 2 * (s / a)[late] ** 2 * depth)[:, 0]
         return Partial(
             peak=self.peak[:, 0].double() + offset,
             best=best,
@@ -251,7 +256,7 @@ class Sums:
             square=self.square.double(),
             depth=self.depth,
             moment=moment,
-            spread=torch.where(a[:, 0] < s[:, 0], early, late).clamp(min=0),
+            spread=spread.clamp(min=0),
         )
 
 
