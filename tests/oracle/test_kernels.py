@@ -85,6 +85,14 @@ class TestProducts:
         size = weights.double().sum(1).clamp(min=1.0)[:, None]
         assert ((sums - truth).abs() / size / table.norm(dim=1).max()).max() < 5e-7
 
+    def test_small_weights_keep_their_digits(self, way, rows, bank, generator):
+        """Those of 1e-7 of the largest, which may matter together: errors are small beside their own sum."""
+        weights = torch.exp(-18 + 2 * torch.rand(20, 300, generator=generator))
+        table = float64_table(bank, rows)[150:450]
+        sums = way(bank, torch.zeros(20, 96 + NUM_EXTRA)).weighted_sum(weights, slice(150, 450))
+        size = weights.double().sum(1)[:, None] * table.norm(dim=1).max()
+        assert ((sums - weights.double() @ table).abs() / size).max() < 1e-6
+
     def test_one_query_and_one_row(self, way, rows, bank, generator):
         query, out = torch.randn(1, 96 + NUM_EXTRA, generator=generator), torch.empty(1, 1)
         way(bank, query).logits(slice(3, 4), out)
