@@ -3,7 +3,11 @@
 import ipaddress
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -55,6 +59,32 @@ def _no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_here)
         yield
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., list]:
+    """Start a script on several ranks; what each left in its ``rank<r>.pt``. A hang ends in a failure."""
+
+    def start(script: Path, folder: Path, num_ranks: int, device: str, timeout_sec: int = 240) -> list:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+        running = subprocess.Popen(
+            [*command, str(script), str(folder), device],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            output, _ = running.communicate(timeout=timeout_sec)
+        except subprocess.TimeoutExpired:
+            running.terminate()  # which it hands on to the ranks
+            output, _ = running.communicate(timeout=40)
+            pytest.fail(f"{num_ranks} ranks do not come to an end:\n{output[-6000:]}")
+        assert running.returncode == 0, output[-6000:]
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+    return start
 
 
 def is_local(host: str) -> bool:

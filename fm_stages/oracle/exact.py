@@ -232,7 +232,9 @@ class Oracle:
     def _gathered(self, x_t: Tensor, t: Tensor, labels: Tensor, sizes: list[int]) -> Partial:
         """The posterior of queries (B, D) float32 over the bank, of all ranks together."""
         group = self.bank.group
-        if group is None or not any(sizes):
+        if not any(sizes):  # all are skipped
+            return Partial.empty(x_t)
+        if group is None:
             return self._partial(x_t, t, labels)
         x_t = ranks.gather(x_t, sizes, group)
         t, labels = ranks.gather(torch.stack([t.double(), labels.double()], 1), sizes, group).unbind(1)

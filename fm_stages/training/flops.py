@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,11 +14,13 @@ def step_flops(module: L.LightningModule, x_t: Tensor, t: Tensor, labels: Tensor
     """Floating point operations of a step of ``module.network`` on a batch: forward, and twice as many backward.
 
     Counted on tensors without data, so nothing is computed. None for a module without a ``network(x_t, t, labels)``,
-    and for a network that needs the data.
+    for a network that needs the data, and under FSDP.
     """
     network = getattr(module, "network", None)
     if not isinstance(network, nn.Module):
         return None
+    if any(isinstance(part, FSDPModule) for part in network.modules()):
+        return None  # its hooks would gather the weights for this forward, and be left half-way
     labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
     counter = FlopCounterMode(display=False)
     try:

@@ -1,10 +1,7 @@
 """A bank sharded over ranks against the whole one in this process: `sharded.py` asks, on several real processes."""
 
 import importlib.util
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +14,9 @@ from fm_stages.oracle import Oracle
 
 SCRIPT = Path(__file__).parent / "sharded.py"
 
-TOL = {"nothing left out": 2e-6, "usual tolerance": 1e-5}
-"""Share of a quantity's largest value by which it may differ; 1e-6 where nothing is said."""
+TOL = {"usual tolerance": 1e-5, "twins": 1e-5}
+"""Share of a quantity's largest value by which it may differ, where that is not 1e-6: the mass that is left out, and
+float32 logits of long rows, whose rounding depends on how many rows are multiplied at a time."""
 
 DIFFERENCES = ("decompose.residual", "decompose.identity", "decompose.floor")
 """Small differences, and products with A_t^2: 3e-6."""
@@ -33,27 +31,6 @@ def load_script() -> ModuleType:
 
 
 sharded = load_script()
-
-
-def launch(folder: Path, num_ranks: int, device: str) -> list[dict]:
-    """What each rank left. A hang ends in a failure: ranks end themselves, and if they do not they are ended."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    running = subprocess.Popen(
-        [*command, str(SCRIPT), str(folder), device],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = running.communicate(timeout=sharded.TIMEOUT_SEC + 40)
-    except subprocess.TimeoutExpired:
-        running.send_signal(signal.SIGTERM)  # which it hands on to the ranks
-        output, _ = running.communicate(timeout=30)
-        pytest.fail(f"{num_ranks} ranks do not come to an end:\n{output[-6000:]}")
-    assert running.returncode == 0, output[-6000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 
 SETTINGS = [
@@ -79,8 +56,8 @@ def device(setting) -> str:
 
 
 @pytest.fixture(scope="module")
-def left(setting, tmp_path_factory) -> list[dict]:
-    return launch(tmp_path_factory.mktemp("sharded"), *setting)
+def left(setting, launch, tmp_path_factory) -> list[dict]:
+    return launch(SCRIPT, tmp_path_factory.mktemp("sharded"), *setting)
 
 
 @pytest.fixture(scope="module")
