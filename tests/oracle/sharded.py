@@ -106,7 +106,7 @@ def make_cases(num_ranks: int) -> dict[str, Case]:
     # the last rank has copies of the first rank's rows alone, under the same labels; others occur under two labels
     x1, labels = images(60, 12), torch.randint(2, (60,), generator=generator)
     case = Case(x1, labels, **queries(60), asked=None, path=LinearPath(), copied=True)
-    first, last = case.shard(0, num_ranks), case.shard(num_ranks - 1, num_ranks)
+    first, last = case.shard(0, num_ranks), case.shard(num_ranks - 1, num_ranks) if num_ranks > 1 else slice(50, 60)
     middle = slice(last.start - 3, last.start)
     x1[middle], labels[middle] = x1[1:4], 1 - labels[1:4]
     source = torch.arange(last.stop - last.start) % min(4, first.stop)
