@@ -180,17 +180,21 @@ class DataBank:
             )
         return self._slices.get(label, slice(0, 0))
 
-    def table(self, rows: slice) -> Tensor:
-        """Stored rows with their extra columns, (C, D + NUM_EXTRA) float32: a view of float32 rows, else a copy."""
+    def count_of(self, label: int) -> int:
+        """Training rows of a label, on all ranks; -1 stands for all labels."""
+        return self.label_counts.get(label, self.num_rows)
+
+    def table(self, rows: slice | Tensor) -> Tensor:
+        """Stored rows with their extra columns, (C, D + NUM_EXTRA) float32: of a slice of float32 a view."""
         if self._table is not None:
             return self._table[rows]
-        piece = self._extra.new_empty(rows.stop - rows.start, self.num_dims + NUM_EXTRA)
-        piece[:, : self.num_dims] = self._rows[rows]
-        piece[:, self.num_dims :] = self._extra[rows]
+        values, extra = self.parts(rows)
+        piece = extra.new_empty(len(values), self.num_dims + NUM_EXTRA)
+        piece[:, : self.num_dims], piece[:, self.num_dims :] = values, extra
         return piece
 
-    def parts(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Stored rows (C, D) in their dtype, and their extra columns (C, NUM_EXTRA) float32: views."""
+    def parts(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Stored rows (C, D) in their dtype, and their extra columns (C, NUM_EXTRA) float32: of a slice views."""
         return self._rows[rows], self._extra[rows]
 
     @property
@@ -231,14 +235,16 @@ class DataBank:
 
     def labels_of(self, index: Tensor) -> Tensor:
         """Labels of training rows (B,), by their index in the data set: (B,) int64; -1 without labels. See `rows`."""
+        return self.labels_of_all(index, self._meet(index))
+
+    def labels_of_all(self, index: Tensor, sizes: list[int]) -> Tensor:
+        """`labels_of` a checked index, once every rank knows how many the ranks ask for."""
         if not self.has_labels:
             return torch.full_like(index, -1, dtype=torch.int64, device=self.device)
         # a rank may hold no row at all
         labels = torch.tensor(list(self._slices), dtype=torch.int64, device=self.device)
         ends = torch.tensor([rows.stop for rows in self._slices.values()], dtype=torch.int64, device=self.device)
-        return self._look_up(
-            index, self._meet(index), lambda place: labels[torch.searchsorted(ends, place, right=True)]
-        )
+        return self._look_up(index, sizes, lambda place: labels[torch.searchsorted(ends, place, right=True)])
 
     def _meet(self, index: Tensor) -> list[int]:
         """Check what training rows (B,) are asked for; how many each rank asks for."""

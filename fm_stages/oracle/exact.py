@@ -25,6 +25,9 @@ MAX_QUERIES = 1024
 MAX_QUERY_VALUES = 2**22
 """Values of the queries in one pass, whose float64 copies take 32 MiB each."""
 
+GROUP = 16
+"""Queries from which on a class has a pass of its own."""
+
 SMALLEST_SIGMA = 1e-8
 """Stands for sigma = 0, where the posterior is its limit: the nearest row."""
 
@@ -224,6 +227,8 @@ class Oracle:
                 rows = self.bank.rows_of_all(index, sizes) if rows is None else rows
                 rows = rows.reshape(flat.shape)
                 certain = certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
+                # of another class than its own row's nothing is known
+                certain &= (labels == -1) | (labels == self.bank.labels_of_all(index, sizes))
                 part = Partial.certain(rows)
                 sizes = ranks.sizes_of(int((~certain).sum()), self.bank.group)
                 part[~certain] = self._gathered(flat[~certain], t[~certain], labels[~certain], sizes)
@@ -257,11 +262,12 @@ class Oracle:
         a, s = self._coefficients(t)
         column = count_columns(labels)
         query, offset = self._factors(x_t, a, s, column)
-        label, num = torch.unique_consecutive(labels, return_counts=True)
-        groups = zip(label.tolist(), query.split(num.tolist()), (a >= s)[:, 0].split(num.tolist()), strict=True)
-        streams = [Stream(self.bank, own, label, self.tolerance, late) for label, own, late in groups]
+        sizes = groups(labels)
+        together = zip(*(x.split(sizes) for x in (query, labels, (a >= s)[:, 0])), strict=True)
+        streams = [Stream(self.bank, own, label, self.tolerance, late) for own, label, late in together]
         sums = Sums.cat([stream.sums for stream in streams])
-        pairs = Pairs.cat([stream.pairs for stream in streams], (num.cumsum(0) - num).tolist(), x_t.device)
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        pairs = Pairs.cat([stream.pairs for stream in streams], first, x_t.device)
         part = sums.partial(self.bank, x_t, a, s, column, offset)
         few, place = pairs.query.unique(return_inverse=True)
         part[few] = part[few].merge(rescore(self.bank, x_t[few], a[few], s[few], column[few], place, pairs.row))
@@ -300,3 +306,20 @@ class Oracle:
             entropy=(part.weight.log() - part.depth / part.weight).clamp(min=0).float(),
             variance=(part.spread / part.weight - step.square().sum(1)).clamp(min=0).float(),
         )
+
+
+def groups(labels: Tensor) -> list[int]:
+    """How many of the queries with sorted labels (B,) go over the bank together.
+
+    Those without a label, and then whole classes until there are `GROUP`, for a product of a few queries takes as long
+    as one of more.
+    """
+    sizes: list[int] = []
+    open_ = False
+    for label, num in zip(*(x.tolist() for x in labels.unique_consecutive(return_counts=True)), strict=True):
+        if open_:
+            sizes[-1] += num
+        else:
+            sizes.append(num)
+        open_ = label != -1 and sizes[-1] < GROUP
+    return sizes

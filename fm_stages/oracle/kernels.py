@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,12 @@ from fm_stages.oracle.bank import DataBank
 
 LOW = 2.0**-11
 """Of a split number's low term: float16 has 11 bits."""
+
+WIDENED = 1024
+"""Rows that are widened to float32, or gathered, at a time on a CPU."""
+
+SPLIT = 16384
+"""Rows that are split into terms at a time: some 100 MB each."""
 
 WEIGHT_SCALE = 2.0**15
 """Makes of a weight of 1 nearly the largest float16, so that small weights keep their bits."""
@@ -63,14 +69,14 @@ class Products(ABC):
         self.query = query
 
     @abstractmethod
-    def logits(self, rows: slice, out: Tensor) -> None:
+    def logits(self, rows: slice | Tensor, out: Tensor) -> None:
         """Write query @ rows.T (B, C) into ``out``."""
 
     @abstractmethod
-    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
+    def weighted_sum(self, weights: Tensor, rows: slice | Tensor) -> Tensor:
         """Weights (b, C) in [0, 1] @ rows with their extra columns: (b, D + extra) float32."""
 
-    def add_weighted(self, total: Tensor, queries: Tensor, weights: Tensor, rows: slice) -> None:
+    def add_weighted(self, total: Tensor, queries: Tensor, weights: Tensor, rows: slice | Tensor) -> None:
         """Add the weighted sums of some queries (b,) to those of all, (B, D + extra)."""
         if len(queries) == len(total):
             total.add_(self.weighted_sum(weights, rows))
@@ -79,15 +85,24 @@ class Products(ABC):
 
 
 class PlainProducts(Products):
-    """Float32 products."""
+    """Float32 products. Rows that must be copied for them are copied a few at a time, to stay in the caches."""
 
-    def logits(self, rows: slice, out: Tensor) -> None:
+    def logits(self, rows: slice | Tensor, out: Tensor) -> None:
         """See `Products`."""
-        torch.mm(self.query, self.bank.table(rows).T, out=out)
+        for part, columns in self._parts(rows, out):
+            torch.mm(self.query, self.bank.table(part).T, out=columns)
 
-    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
+    def weighted_sum(self, weights: Tensor, rows: slice | Tensor) -> Tensor:
         """See `Products`."""
-        return weights @ self.bank.table(rows)
+        total = weights.new_zeros(len(weights), self.query.shape[1])
+        for part, columns in self._parts(rows, weights):
+            total.addmm_(columns, self.bank.table(part))
+        return total
+
+    def _parts(self, rows: slice | Tensor, columns: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        if isinstance(rows, slice) and self.bank.dtype == torch.float32:
+            return iter([(rows, columns)])
+        return in_parts(rows, columns, WIDENED)
 
 
 class SplitProducts(Products):
@@ -108,30 +123,47 @@ class SplitProducts(Products):
         self._query_scale = torch.exp2(-exponent.float())
         self._terms = torch.cat(split(direction * self._query_scale))  # (2 B, D) float16
 
-    def logits(self, rows: slice, out: Tensor) -> None:
+    def logits(self, rows: slice | Tensor, out: Tensor) -> None:
         """See `Products`."""
-        high, *low = self._rows(rows)
-        torch.add(*_halves(multiply(self._terms, high.T)), alpha=LOW, out=out)
-        for term in low:
-            out.add_(multiply(self._terms[: len(out)], term.T), alpha=LOW)
-        out.div_(self._query_scale * self._row_scale)
-        out.addmm_(self._extra, self.bank.parts(rows)[1].T)
+        for part, columns in in_parts(rows, out, SPLIT):
+            stored, extra = self.bank.parts(part)
+            high, *low = self._split(stored)
+            torch.add(*_halves(multiply(self._terms, high.T)), alpha=LOW, out=columns)
+            for term in low:
+                columns.add_(multiply(self._terms[: len(out)], term.T), alpha=LOW)
+            columns.div_(self._query_scale * self._row_scale)
+            columns.addmm_(self._extra, extra.T)
 
-    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
+    def weighted_sum(self, weights: Tensor, rows: slice | Tensor) -> Tensor:
         """See `Products`."""
-        high, *low = self._rows(rows)
-        terms = torch.cat(split(weights * WEIGHT_SCALE))  # (2 b, C) float16
-        total = torch.add(*_halves(multiply(terms, high)), alpha=LOW)
-        for term in low:
-            total.add_(multiply(terms[: len(weights)], term), alpha=LOW)
-        return torch.cat([total.div_(WEIGHT_SCALE * self._row_scale), weights @ self.bank.parts(rows)[1]], 1)
+        total = weights.new_zeros(len(weights), self.query.shape[1])
+        for part, columns in in_parts(rows, weights, SPLIT):
+            stored, extra = self.bank.parts(part)
+            high, *low = self._split(stored)
+            terms = torch.cat(split(columns * WEIGHT_SCALE))  # (2 b, C) float16
+            values = torch.add(*_halves(multiply(terms, high)), alpha=LOW)
+            for term in low:
+                values.add_(multiply(terms[: len(weights)], term), alpha=LOW)
+            total += torch.cat([values.div_(WEIGHT_SCALE * self._row_scale), columns @ extra], 1)
+        return total
 
-    def _rows(self, rows: slice) -> tuple[Tensor, ...]:
-        """The terms of a piece, each (C, D) float16: two of float32 rows, one of any other."""
-        stored = self.bank.parts(rows)[0]
+    def _split(self, stored: Tensor) -> tuple[Tensor, ...]:
+        """The terms of rows, each (C, D) float16: two of float32 rows, one of any other."""
         if stored.dtype == torch.float32:
             return split(stored * self._row_scale)
-        return ((stored.float() * self._row_scale).half(),)
+        if stored.dtype == torch.uint8:
+            return (stored.half() * self._row_scale,)
+        return ((stored * self._row_scale).half(),)
+
+
+def in_parts(rows: slice | Tensor, columns: Tensor, size: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Rows, by slice or index (C,), and what goes with them, (B, C), a few at a time."""
+    parts: Sequence[slice | Tensor]
+    if isinstance(rows, slice):
+        parts = [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+    else:
+        parts = rows.split(size)
+    return zip(parts, columns.split(size, 1), strict=True)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

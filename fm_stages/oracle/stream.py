@@ -40,8 +40,11 @@ MAX_CANDIDATES = 1024
 FEW = 8
 """The same for other queries: summing this many rows one by one is cheaper than the second product."""
 
-CPU_VALUES, CPU_PART = 2**22, 4096
-"""Logits of a piece at a time on a CPU, and rows of it that the second product takes or leaves."""
+CPU_VALUES, GPU_VALUES = 2**22, 2**27
+"""Logits of a piece. On a CPU they should stay in its caches, where they are read several times."""
+
+CPU_PART, GPU_PART = 4096, 8192
+"""Rows of a piece that the second product takes or leaves; tensor cores round towards 0 as they add more."""
 
 BLOCK = 64
 """Rows whose largest logit is found first."""
@@ -69,13 +72,50 @@ class Pairs:
         )
 
 
+class Selection:
+    """The rows of some labels, one after the other: where they are stored, and whose they are.
+
+    Args:
+        bank: the training set.
+        labels: (B,) of queries, sorted.
+    """
+
+    def __init__(self, bank: DataBank, labels: Tensor) -> None:
+        self.labels = labels.unique_consecutive()
+        slices = [bank.slice_of(label) for label in self.labels.tolist()]
+        self._slice = slices[0]
+        self._index: Tensor | None = None
+        if len(slices) > 1:
+            self._index = torch.cat([torch.arange(each.start, each.stop, device=labels.device) for each in slices])
+            lengths = torch.tensor([each.stop - each.start for each in slices], device=labels.device)
+            self._label_of = self.labels.repeat_interleave(lengths)
+
+    def __len__(self) -> int:
+        return self._slice.stop - self._slice.start if self._index is None else len(self._index)
+
+    def part(self, first: int, last: int) -> slice | Tensor:
+        """Where rows first..last are stored."""
+        if self._index is None:
+            return slice(self._slice.start + first, self._slice.start + last)
+        return self._index[first:last]
+
+    def stored(self, places: Tensor) -> Tensor:
+        """Where some of the rows (P,) are stored."""
+        return places + self._slice.start if self._index is None else self._index[places]
+
+    def mask(self, labels: Tensor, first: int, last: int, logits: Tensor) -> None:
+        """Give rows first..last of another label than the query's (B,) no weight in ``logits`` (B, last - first)."""
+        if self._index is not None:
+            logits.masked_fill_(labels[:, None] != self._label_of[first:last], -torch.inf)
+
+
 class Stream:
-    """The pass over the rows of a label, for queries that share it.
+    """The pass over the rows of a label, for queries that share it, or of several labels, which are masked.
 
     Args:
         bank: the training set.
         query: (B, D + NUM_EXTRA) float32, the factor whose product with stored rows gives logits.
-        label: of the queries, -1 = unconditional.
+        labels: (B,) of the queries, sorted; -1 = unconditional, for all of them.
         tolerance: share of a query's mass that may be left out; 0 = nothing is.
         late: (B,) bool, where a >= s: there the spread needs the depth from the logits themselves.
 
@@ -84,58 +124,62 @@ class Stream:
         pairs: the rows that matter to queries with few, which are not in the sums.
     """
 
-    def __init__(self, bank: DataBank, query: Tensor, label: int, tolerance: float, late: Tensor) -> None:
+    def __init__(self, bank: DataBank, query: Tensor, labels: Tensor, tolerance: float, late: Tensor) -> None:
         num, device = len(query), query.device
         self._products: Products = products(bank, query)
-        rows = bank.slice_of(label)
+        self._rows, self._labels = Selection(bank, labels), labels
         error = rounding_error(query, bank)  # (B,)
         # with tolerance 0 only the queries that are scored again leave out what float32 sums would lose
-        left_out = math.log(max(rows.stop - rows.start, 1)) - math.log(tolerance or 1e-8)
+        left_out = math.log(sum(bank.count_of(label) for label in self._rows.labels.tolist())) - math.log(
+            tolerance or 1e-8
+        )
         self._margin = (left_out + 2 * error)[:, None]  # (B, 1)
         self._most = torch.where(error > COARSE, MAX_CANDIDATES, FEW if tolerance else -1)  # (B,)
         self._skips, self._late = tolerance > 0, late
         self._peak = torch.full((num, 1), -torch.inf, device=device)  # largest logit so far
         self.sums = Sums.zeros(num, query.shape[1], device)
 
-        # on a CPU the logits should stay in its caches, where they are read several times
-        on_cpu = device.type == "cpu"
-        size = max((CPU_VALUES if on_cpu else 2**27) // num // BLOCK, 1) * BLOCK
-        self._size = min(size, -(-(rows.stop - rows.start) // BLOCK) * BLOCK)
-        self._part = min(CPU_PART if on_cpu else 65536, self._size)  # rows that the second product takes or leaves
-        self._logits = torch.empty(num, self._size, device=device)
+        values, part = (CPU_VALUES, CPU_PART) if device.type == "cpu" else (GPU_VALUES, GPU_PART)
+        size = min(max(values // num // BLOCK, 1), -(-len(self._rows) // BLOCK)) * BLOCK
+        self._part = min(part, size)
+        self._logits = torch.empty(num, size, device=device)
         self._weights = torch.empty(num * self._part, device=device)
-        found = [self._add(slice(start, min(start + size, rows.stop))) for start in range(rows.start, rows.stop, size)]
+        found = [self._add(first, min(first + size, len(self._rows))) for first in range(0, len(self._rows), size or 1)]
         self.sums.depth = torch.where(late, self.sums.depth, self.sums.linear_depth(query))
         pairs = Pairs.cat(found, [0] * len(found), device)
         # the threshold has risen since
         self.pairs = pairs[pairs.logit >= (self._peak - self._margin)[pairs.query, 0]]
 
-    def _add(self, rows: slice) -> Pairs:
-        size = rows.stop - rows.start
-        logits = self._logits[:, : -(-size // BLOCK) * BLOCK]
-        logits[:, size:] = -torch.inf
-        self._products.logits(rows, logits[:, :size])
-        blocks = logits.unflatten(1, (-1, BLOCK))
+    def _add(self, first: int, last: int) -> Pairs:
+        """Take in the rows from first to last; returns those that are not summed."""
+        size = last - first
+        padded = self._logits[:, : -(-size // BLOCK) * BLOCK]
+        padded[:, size:] = -torch.inf
+        logits = padded[:, :size]
+        self._products.logits(self._rows.part(first, last), logits)
+        self._rows.mask(self._labels, first, last, logits)
+        blocks = padded.unflatten(1, (-1, BLOCK))
         tops = blocks.amax(2)  # (B, S / BLOCK)
         peak, top = tops.max(1, keepdim=True)
         self._peak = torch.maximum(self._peak, peak)
         threshold = self._peak - self._margin
-        near = tops >= threshold
-        many, pairs = self._put_aside(blocks, near, threshold, rows.start)
+        near = (tops >= threshold) & (tops > -torch.inf)  # a query may have no row here
+        many, pairs = self._put_aside(blocks, near, threshold, first)
         better = (many & (peak > self.sums.peak)[:, 0]).nonzero()[:, 0]
         if len(better):
             block = top[better, 0]
             inside = blocks[better, block].argmax(1)
-            self.sums.raise_peak(better, peak[better], rows.start + block * BLOCK + inside)
-        for first in range(0, size, self._part):
-            last = min(first + self._part, size)
-            active = many & near[:, first // BLOCK : -(-last // BLOCK)].any(1) if self._skips else many
+            self.sums.raise_peak(better, peak[better], self._rows.stored(first + block * BLOCK + inside))
+        many &= self.sums.peak[:, 0] > -torch.inf
+        for start in range(0, size, self._part):
+            stop = min(start + self._part, size)
+            active = many & near[:, start // BLOCK : -(-stop // BLOCK)].any(1) if self._skips else many
             queries = active.nonzero()[:, 0]
             if len(queries):
-                self._sum(queries, logits[:, first:last], slice(rows.start + first, rows.start + last))
+                self._sum(queries, logits[:, start:stop], self._rows.part(first + start, first + stop))
         return pairs
 
-    def _put_aside(self, blocks: Tensor, near: Tensor, threshold: Tensor, start: int) -> tuple[Tensor, Pairs]:
+    def _put_aside(self, blocks: Tensor, near: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Pairs]:
         """Which queries (B,) have many rows above the threshold, and the rows of those that have few."""
         few = near.sum(1) <= self._most
         query, block = (near & few[:, None]).nonzero(as_tuple=True)
@@ -144,9 +188,10 @@ class Stream:
         num = torch.zeros_like(self._most).index_add_(0, query, above.sum(1))
         few &= num <= self._most
         which, column = (above & few[query, None]).nonzero(as_tuple=True)
-        return ~few, Pairs(query[which], start + block[which] * BLOCK + column, logits[which, column])
+        rows = self._rows.stored(first + block[which] * BLOCK + column)
+        return ~few, Pairs(query[which], rows, logits[which, column])
 
-    def _sum(self, queries: Tensor, logits: Tensor, rows: slice) -> None:
+    def _sum(self, queries: Tensor, logits: Tensor, rows: slice | Tensor) -> None:
         """Add rows with logits (B, C) to the sums of some queries (b,)."""
         weights = self._weights[: len(queries) * logits.shape[1]].view(len(queries), -1)
         sums = self.sums
