@@ -73,15 +73,15 @@ class Products(ABC):
         """Write query @ rows.T (B, C) into ``out``."""
 
     @abstractmethod
-    def weighted_sum(self, weights: Tensor, rows: slice | Tensor) -> Tensor:
-        """Weights (b, C) in [0, 1] @ rows with their extra columns: (b, D + extra) float32."""
+    def accumulate(self, total: Tensor, weights: Tensor, rows: slice | Tensor) -> None:
+        """Add weights (b, C) in [0, 1] @ rows with their extra columns to ``total`` (b, D + extra) float32."""
 
-    def add_weighted(self, total: Tensor, queries: Tensor, weights: Tensor, rows: slice | Tensor) -> None:
-        """Add the weighted sums of some queries (b,) to those of all, (B, D + extra)."""
-        if len(queries) == len(total):
-            total.add_(self.weighted_sum(weights, rows))
-        else:
-            total.index_add_(0, queries, self.weighted_sum(weights, rows))
+    def add_weighted(self, total: Tensor, queries: Tensor | slice, weights: Tensor, rows: slice | Tensor) -> None:
+        """Accumulate the sums of some queries (b,) in those of all, (B, D + extra)."""
+        own = total[queries]
+        self.accumulate(own, weights, rows)
+        if isinstance(queries, Tensor):  # of a slice they are the same memory
+            total[queries] = own
 
 
 class PlainProducts(Products):
@@ -92,12 +92,11 @@ class PlainProducts(Products):
         for part, columns in self._parts(rows, out):
             torch.mm(self.query, self.bank.table(part).T, out=columns)
 
-    def weighted_sum(self, weights: Tensor, rows: slice | Tensor) -> Tensor:
+    def accumulate(self, total: Tensor, weights: Tensor, rows: slice | Tensor) -> None:
         """See `Products`."""
-        total = weights.new_zeros(len(weights), self.query.shape[1])
         for part, columns in self._parts(rows, weights):
-            total.addmm_(columns, self.bank.table(part))
-        return total
+            # parts are summed by themselves: many small terms added to a large one would all be rounded the same way
+            total += columns @ self.bank.table(part)
 
     def _parts(self, rows: slice | Tensor, columns: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
         if isinstance(rows, slice) and self.bank.dtype == torch.float32:
@@ -134,9 +133,8 @@ class SplitProducts(Products):
             columns.div_(self._query_scale * self._row_scale)
             columns.addmm_(self._extra, extra.T)
 
-    def weighted_sum(self, weights: Tensor, rows: slice | Tensor) -> Tensor:
+    def accumulate(self, total: Tensor, weights: Tensor, rows: slice | Tensor) -> None:
         """See `Products`."""
-        total = weights.new_zeros(len(weights), self.query.shape[1])
         for part, columns in in_parts(rows, weights, SPLIT):
             stored, extra = self.bank.parts(part)
             high, *low = self._split(stored)
@@ -145,7 +143,6 @@ class SplitProducts(Products):
             for term in low:
                 values.add_(multiply(terms[: len(weights)], term), alpha=LOW)
             total += torch.cat([values.div_(WEIGHT_SCALE * self._row_scale), columns @ extra], 1)
-        return total
 
     def _split(self, stored: Tensor) -> tuple[Tensor, ...]:
         """The terms of rows, each (C, D) float16: two of float32 rows, one of any other."""

@@ -141,7 +141,7 @@ class Stream:
 
         values, part = (CPU_VALUES, CPU_PART) if device.type == "cpu" else (GPU_VALUES, GPU_PART)
         size = min(max(values // num // BLOCK, 1), -(-len(self._rows) // BLOCK)) * BLOCK
-        self._part = min(part, size)
+        self._part = min(-(-part // BLOCK) * BLOCK, size)
         self._logits = torch.empty(num, size, device=device)
         self._weights = torch.empty(num * self._part, device=device)
         found = [self._add(first, min(first + size, len(self._rows))) for first in range(0, len(self._rows), size or 1)]
@@ -156,10 +156,15 @@ class Stream:
         padded = self._logits[:, : -(-size // BLOCK) * BLOCK]
         padded[:, size:] = -torch.inf
         logits = padded[:, :size]
-        self._products.logits(self._rows.part(first, last), logits)
-        self._rows.mask(self._labels, first, last, logits)
         blocks = padded.unflatten(1, (-1, BLOCK))
-        tops = blocks.amax(2)  # (B, S / BLOCK)
+        tops = padded.new_empty(blocks.shape[:2])  # (B, S / BLOCK)
+        for start in range(0, size, self._part):  # the largest are found while a part is in the caches
+            stop = min(start + self._part, size)
+            own = logits[:, start:stop]
+            self._products.logits(self._rows.part(first + start, first + stop), own)
+            self._rows.mask(self._labels, first + start, first + stop, own)
+            part = slice(start // BLOCK, -(-stop // BLOCK))
+            torch.amax(blocks[:, part], 2, out=tops[:, part])
         peak, top = tops.max(1, keepdim=True)
         self._peak = torch.maximum(self._peak, peak)
         threshold = self._peak - self._margin
@@ -174,9 +179,7 @@ class Stream:
         for start in range(0, size, self._part):
             stop = min(start + self._part, size)
             active = many & near[:, start // BLOCK : -(-stop // BLOCK)].any(1) if self._skips else many
-            queries = active.nonzero()[:, 0]
-            if len(queries):
-                self._sum(queries, logits[:, start:stop], self._rows.part(first + start, first + stop))
+            self._sum(active, logits[:, start:stop], self._rows.part(first + start, first + stop))
         return pairs
 
     def _put_aside(self, blocks: Tensor, near: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Pairs]:
@@ -191,21 +194,30 @@ class Stream:
         rows = self._rows.stored(first + block[which] * BLOCK + column)
         return ~few, Pairs(query[which], rows, logits[which, column])
 
-    def _sum(self, queries: Tensor, logits: Tensor, rows: slice | Tensor) -> None:
-        """Add rows with logits (B, C) to the sums of some queries (b,)."""
-        weights = self._weights[: len(queries) * logits.shape[1]].view(len(queries), -1)
-        sums = self.sums
-        if len(queries) == len(logits):
+    def _sum(self, active: Tensor, logits: Tensor, rows: slice | Tensor) -> None:
+        """Add rows with logits (B, C) to the sums of the queries that are active (B,)."""
+        sums, num = self.sums, len(logits)
+        queries = active.nonzero()[:, 0]
+        if not len(queries):
+            return
+        everyone = len(queries) > 0.9 * num  # to leave a few out is more work than to give them no weight
+        if everyone:
+            weights = self._weights[: logits.numel()].view(logits.shape)
             torch.sub(logits, sums.peak, out=weights)
         else:
+            weights = self._weights[: len(queries) * logits.shape[1]].view(len(queries), -1)
             torch.index_select(logits, 0, queries, out=weights).sub_(sums.peak[queries])
-        weights.clamp_(min=LEAST_LOGIT).exp_()
-        sums.square.index_add_(0, queries, torch.linalg.vector_norm(weights, dim=1).square())
-        late = self._late[queries].nonzero()[:, 0]
+        weights.clamp_(LEAST_LOGIT, 0).exp_()
+        if everyone and len(queries) < num:
+            weights[~active] = 0  # also what their peak of -inf has made
+        chosen = slice(0, num) if everyone else queries
+        sums.square[chosen] += torch.linalg.vector_norm(weights, dim=1).square()
+        late = (self._late[chosen] & active[chosen]).nonzero()[:, 0]
         if len(late):
-            relative = (logits[queries[late]] - sums.peak[queries[late]]).clamp_(min=LEAST_LOGIT)
-            sums.depth.index_add_(0, queries[late], (relative * weights[late]).sum(1).double())
-        self._products.add_weighted(sums.total, queries, weights, rows)
+            own = late if everyone else queries[late]
+            relative = (logits[own] - sums.peak[own]).clamp_(min=LEAST_LOGIT)
+            sums.depth[own] += (relative * weights[late]).sum(1).double()
+        self._products.add_weighted(sums.total, chosen, weights, rows)
 
 
 @dataclass

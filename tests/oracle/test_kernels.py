@@ -20,8 +20,15 @@ class PlainBFloat16(Products):
     def logits(self, rows: slice, out: Tensor) -> None:
         out.copy_(self.query.bfloat16().float() @ self.bank.table(rows).bfloat16().float().T)
 
-    def weighted_sum(self, weights: Tensor, rows: slice) -> Tensor:
-        return weights.bfloat16().float() @ self.bank.table(rows).bfloat16().float()
+    def accumulate(self, total: Tensor, weights: Tensor, rows: slice) -> None:
+        total += weights.bfloat16().float() @ self.bank.table(rows).bfloat16().float()
+
+
+def weighted_sum(products: Products, weights: Tensor, rows: slice) -> Tensor:
+    """The second product alone, (b, D + extra)."""
+    total = torch.zeros(len(weights), products.query.shape[1])
+    products.accumulate(total, weights, rows)
+    return total
 
 
 def stored_rows(dtype: str, num: int, dims: int, generator: torch.Generator) -> Tensor:
@@ -78,7 +85,7 @@ class TestProducts:
         weights[0] = 1.0
         weights[1] = torch.exp(torch.tensor(-40.0))
         table = float64_table(bank, rows)[150:450]
-        sums = way(bank, torch.zeros(50, 96 + NUM_EXTRA)).weighted_sum(weights, slice(150, 450))
+        sums = weighted_sum(way(bank, torch.zeros(50, 96 + NUM_EXTRA)), weights, slice(150, 450))
         truth = weights.double() @ table
         assert sums.dtype == torch.float32
         # of the weights' sum, or of the weight 1 that some row of the bank has at the peak
@@ -89,7 +96,7 @@ class TestProducts:
         """Those of 1e-7 of the largest, which may matter together: errors are small beside their own sum."""
         weights = torch.exp(-18 + 2 * torch.rand(20, 300, generator=generator))
         table = float64_table(bank, rows)[150:450]
-        sums = way(bank, torch.zeros(20, 96 + NUM_EXTRA)).weighted_sum(weights, slice(150, 450))
+        sums = weighted_sum(way(bank, torch.zeros(20, 96 + NUM_EXTRA)), weights, slice(150, 450))
         size = weights.double().sum(1)[:, None] * table.norm(dim=1).max()
         assert ((sums - weights.double() @ table).abs() / size).max() < 1e-6
 
@@ -97,7 +104,7 @@ class TestProducts:
         query, out = torch.randn(1, 96 + NUM_EXTRA, generator=generator), torch.empty(1, 1)
         way(bank, query).logits(slice(3, 4), out)
         assert out.item() == pytest.approx((query.double() @ float64_table(bank, rows)[3]).item(), rel=1e-5, abs=1e-4)
-        total = way(bank, query).weighted_sum(torch.ones(1, 1), slice(3, 4))
+        total = weighted_sum(way(bank, query), torch.ones(1, 1), slice(3, 4))
         torch.testing.assert_close(total[0].double(), float64_table(bank, rows)[3], rtol=1e-6, atol=1e-9)
 
     @pytest.mark.parametrize("size", [1e-20, 1e-6, 1e6, 1e15])
@@ -108,7 +115,7 @@ class TestProducts:
         out = torch.empty(9, 40)
         way(bank, query).logits(slice(0, 40), out)
         torch.testing.assert_close(out.double(), query[:, :6].double() @ x.double().T, rtol=0, atol=1e-5)
-        total = way(bank, query).weighted_sum(torch.ones(1, 40), slice(0, 40))[:, :6]
+        total = weighted_sum(way(bank, query), torch.ones(1, 40), slice(0, 40))[:, :6]
         torch.testing.assert_close(total.double() / size, x.double().sum(0, keepdim=True) / size, rtol=0, atol=2e-5)
 
     @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38])
