@@ -5,7 +5,7 @@ from fm_stages.oracle.curves import Curves, TimestepCurves, timestep_bins
 from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
 from fm_stages.oracle.exact import Oracle, Posterior
-from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle
+from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, oracle_of
 from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank
 from fm_stages.oracle.profile import StageProfile
 from fm_stages.oracle.ranks import together
@@ -33,6 +33,7 @@ __all__ = [
     "mean_square",
     "measure_nearest",
     "nearest_pays",
+    "oracle_of",
     "plan_bank",
     "timestep_bins",
     "together",

@@ -229,6 +229,10 @@ class DataBank:
         """
         return self.rows_of_all(index, self._meet(index))
 
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """x_1 of training rows (B,), as `rows`: a point has only itself to draw."""
+        return self.rows(index)
+
     def rows_of_all(self, index: Tensor, sizes: list[int]) -> Tensor:
         """`rows` of a checked index, once every rank knows how many the ranks ask for."""
         return self._look_up(index, sizes, self.stored).reshape(len(index), *self.shape)

@@ -253,6 +253,11 @@ def _of_block(
     )
 
 
+def oracle_of(bank: DataBank | GaussianMixtureBank, path: Path) -> Oracle:
+    """The oracle that suits a bank: of points, or of distributions."""
+    return MixtureOracle(bank, path) if isinstance(bank, GaussianMixtureBank) else Oracle(bank, path)
+
+
 def _check(mean: Tensor, std: Tensor) -> None:
     if mean.ndim < 2 or mean.shape != std.shape:
         raise ValueError(

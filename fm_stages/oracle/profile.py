@@ -73,7 +73,7 @@ class StageProfile:
         generator = keyed_generator("profile", seed)
         index = torch.randint(bank.num_rows, (num_queries,), generator=generator)
         kept = torch.rand(num_queries, generator=generator) >= label_dropout
-        x1 = bank.rows(index)
+        x1 = bank.draw(index, keyed_generator("profile draws", seed))
         labels = torch.where(kept.to(bank.device), bank.labels_of(index), -1)
         x0 = keyed_normal(("profile noise", seed), torch.arange(num_queries), bank.shape).to(bank.device)
 

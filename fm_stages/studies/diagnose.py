@@ -22,11 +22,11 @@ from fm_stages.data import ImageData
 from fm_stages.flow import keyed_normal, keyed_uniform, stratified_uniform
 from fm_stages.oracle import (
     Curves,
-    Oracle,
     StageProfile,
     TimestepCurves,
     decompose,
     linear_reference,
+    oracle_of,
     timestep_bins,
 )
 from fm_stages.training import (
@@ -57,7 +57,7 @@ def diagnose(
     """
     device = next(network.parameters()).device
     network.eval()
-    oracle = Oracle(data.bank().to(device), module.path)
+    oracle = oracle_of(data.bank().to(device), module.path)
     profile = StageProfile.measure(oracle, module.label_dropout, seed=seed)
     wiener = linear_reference(oracle.bank, oracle.path)
     edges = timestep_bins(boundary=profile.boundary)

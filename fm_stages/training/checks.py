@@ -62,6 +62,11 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
     group = oracle.bank.group
     with together(group):
         _check_interpolation(oracle, seen)
+    if not oracle.collapses:  # rows are distributions: no batch holds one
+        if "labels" in seen:
+            with together(group):
+                _check_labels(oracle, seen["labels"])
+        return
     tolerance = 1e-4 * oracle.bank.rms_norm
     distance = _distance(oracle, seen["x1"], None)
     with together(group):

@@ -22,7 +22,7 @@ from fm_stages.flow import (
     keyed_uniform,
     stratified_uniform,
 )
-from fm_stages.oracle import Oracle, measure_nearest, nearest_pays
+from fm_stages.oracle import measure_nearest, nearest_pays, oracle_of
 from fm_stages.training.ema import frozen_twin, ramped_decay, update_twin
 from fm_stages.training.targets import ConditionalTarget, Target
 
@@ -108,7 +108,9 @@ class FlowMatching(L.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self.check_data(datamodule)
         if stage == "fit" and self.target.needs_oracle and hasattr(datamodule, "bank"):
-            self.target.attach(Oracle(datamodule.bank(), self.path))  # anew in a second fit: the data may be other data
+            self.target.attach(
+                oracle_of(datamodule.bank(), self.path)
+            )  # anew in a second fit: the data may be other data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which step the weights are of: Lightning forgets it in ``validate``."""
@@ -121,7 +123,7 @@ class FlowMatching(L.LightningModule):
         bank = self.target.oracle.bank.to(self.device)
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 0)
         pays = nearest_pays(bank.num_rows, batch_size, self.trainer.max_steps)
-        if self.target.can_skip and bank.nearest is None and pays:
+        if self.target.can_skip and self.target.oracle.collapses and bank.nearest is None and pays:
             measure_nearest(bank)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from fm_stages.oracle import (
     decompose,
     describe,
     linear_reference,
+    oracle_of,
     timestep_bins,
 )
 from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
@@ -114,7 +115,7 @@ class OracleMonitor(L.Callback):
             bank = datamodule.bank()
         if self._oracle is None or self._oracle.bank is not bank or self._oracle.path is not path:
             self.profile = self.wiener = None  # of other data
-        self._oracle = Oracle(bank, path)
+        self._oracle = oracle_of(bank, path)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, seen: dict[str, Tensor], share: float) -> None:
         """Say what the bank costs, and measure the stages of the data and the linear reference, once."""
@@ -173,7 +174,7 @@ class OracleMonitor(L.Callback):
             seen["t"],
             seen["prediction"],
             seen.get("labels"),
-            seen.get("index"),
+            seen.get("index") if self.oracle.collapses else None,
             self.wiener,
         )
         assert self._sums is not None

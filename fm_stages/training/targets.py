@@ -70,7 +70,8 @@ class OracleTarget(Target):
         self, path: Path, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """See `Target`."""
-        return self._oracle().target(x0, x1, t, labels, index)
+        oracle = self._oracle()
+        return oracle.target(x0, x1, t, labels, index if oracle.collapses else None)
 
 
 class HybridTarget(Target):
