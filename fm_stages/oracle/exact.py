@@ -25,7 +25,7 @@ MAX_QUERIES = 1024
 MAX_QUERY_VALUES = 2**22
 """Values of the queries in one pass, whose float64 copies take 32 MiB each."""
 
-GROUP = 16
+CPU_GROUP, GPU_GROUP = 16, 64
 """Queries from which on a class has a pass of its own."""
 
 SMALLEST_SIGMA = 1e-8
@@ -262,7 +262,7 @@ class Oracle:
         a, s = self._coefficients(t)
         column = count_columns(labels)
         query, offset = self._factors(x_t, a, s, column)
-        sizes = groups(labels)
+        sizes = groups(labels, CPU_GROUP if labels.device.type == "cpu" else GPU_GROUP)
         together = zip(*(x.split(sizes) for x in (query, labels, (a >= s)[:, 0])), strict=True)
         streams = [Stream(self.bank, own, label, self.tolerance, late) for own, label, late in together]
         sums = Sums.cat([stream.sums for stream in streams])
@@ -308,11 +308,11 @@ class Oracle:
         )
 
 
-def groups(labels: Tensor) -> list[int]:
+def groups(labels: Tensor, least: int) -> list[int]:
     """How many of the queries with sorted labels (B,) go over the bank together.
 
-    Those without a label, and then whole classes until there are `GROUP`, for a product of a few queries takes as long
-    as one of more.
+    Those without a label, and then whole classes until there are at least so many, for a product of a few queries takes
+    as long as one of more.
     """
     sizes: list[int] = []
     open_ = False
@@ -321,5 +321,5 @@ def groups(labels: Tensor) -> list[int]:
             sizes[-1] += num
         else:
             sizes.append(num)
-        open_ = label != -1 and sizes[-1] < GROUP
+        open_ = label != -1 and sizes[-1] < least
     return sizes

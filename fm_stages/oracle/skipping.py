@@ -22,6 +22,8 @@ The same e bounds the error of the velocity: on the linear path A_t sum_j g_j d_
 norms of sqrt(D), falling from there. On Fashion-MNIST the deterministic certificate alone would start at t = 0.89, the
 probabilistic one starts at 0.73, and the posterior has collapsed (median) at 0.48.
 
+Source: derived here, from the posterior of arXiv 2512.02826, Theorem 2.1.
+
 It is void, and must not be used, for states of a sampler (whose noise has seen the bank), held-out queries (no row is
 theirs), banks of mixtures (a row is no point) and tempered posteriors.
 

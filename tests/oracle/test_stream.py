@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.flow import LinearPath, Path
-from fm_stages.oracle import DataBank, Oracle, Posterior, stream
+from fm_stages.oracle import DataBank, Oracle, Posterior, exact, stream
 from fm_stages.oracle.kernels import PlainProducts
 
 TOLERANCES = [1e-3, 1e-6, 0.0]
@@ -234,3 +234,22 @@ class TestTolerance:
     def test_that_makes_no_sense(self, wrong):
         with pytest.raises(ValueError, match=r"share of the posterior mass in \[0, 1e-3\]"):
             Oracle(DataBank(torch.zeros(2, 2)), PATH, tolerance=wrong)
+
+
+class TestGroups:
+    def test_are_whole_classes_until_there_are_enough(self):
+        labels = torch.tensor([-1] * 3 + [0] * 5 + [1] * 4 + [2] * 20 + [5])
+        assert exact.groups(labels, 8) == [3, 9, 20, 1]
+        assert exact.groups(labels, 1) == [3, 5, 4, 20, 1]
+        assert exact.groups(labels, 1000) == [3, 30]
+        assert exact.groups(labels[:0], 8) == []
+
+    @pytest.mark.parametrize("tolerance", [1e-6, 0.0])
+    def test_of_classes_change_nothing(self, tolerance, small, queries_of, brute_force, errors_of, monkeypatch):
+        x, labels = small
+        oracle, (x_t, t, asked) = Oracle(DataBank(x, labels), PATH, tolerance), queries_of(PATH, x, labels)
+        truth = brute_force(x, labels, x_t, t, PATH, asked)
+        small_pieces(monkeypatch, 4, 2, len(t), 4)  # some pieces hold no row of some queries
+        for least in (1, 7, 1000):
+            monkeypatch.setattr(exact, "CPU_GROUP", least)
+            assert max(errors_of(oracle.posterior(x_t, t, asked), truth, x).values()) < 1e-4
