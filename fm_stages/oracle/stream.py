@@ -318,6 +318,7 @@ class Sums:
 
 
 def rounding_error(query: Tensor, bank: DataBank) -> Tensor:
-    """Bound (B,) on the rounding error of the logits that the factors ``query`` (B, D + NUM_EXTRA) give."""
-    products = query[:, : bank.num_dims].norm(dim=1) * bank.max_norm
+    """Bound (B,) float64 on the rounding error of the logits that the factors ``query`` (B, D + NUM_EXTRA) give."""
+    # in float64, for at t = 1 squares of factors leave float32's range where rows have norms of 1000
+    products = torch.linalg.vector_norm(query[:, : bank.num_dims], dim=1, dtype=torch.float64) * bank.max_norm
     return ROUNDING * (products + query[:, bank.num_dims].abs() * bank.max_spread)

@@ -353,6 +353,14 @@ class TestEnds:
         distance[(asked[:, None] != labels) & (asked[:, None] != -1)] = math.inf
         torch.testing.assert_close(posterior.mean, x[distance.argmin(1)], rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("norm", [1e4, 1e7, 1e9])
+    @pytest.mark.parametrize("num_rows", [50, 3000])
+    def test_at_the_data_with_norms_whose_squares_leave_float32(self, norm, num_rows, path, generator):
+        x = norm / 8 * torch.randn(num_rows, 64, generator=generator)
+        posterior = Oracle(DataBank(x), path).posterior(x[:4] * path.alpha(torch.ones(4))[:, None], torch.ones(4))
+        assert torch.equal(posterior.mean, x[:4])
+        assert posterior.top1.tolist() == [1.0] * 4
+
     @pytest.mark.parametrize("t", [1 - 1e-6, 1 - 2**-24, 1.0])
     def test_at_the_data_an_image_under_two_labels_is_one(self, digits, t):
         x, labels = digits
