@@ -149,6 +149,7 @@ class Stream:
         pairs = Pairs.cat(found, [0] * len(found), device)
         # the threshold has risen since
         self.pairs = pairs[pairs.logit >= (self._peak - self._margin)[pairs.query, 0]]
+        del self._logits, self._weights  # the next stream has its own, and all are kept until the last is done
 
     def _add(self, first: int, last: int) -> Pairs:
         """Take in the rows from first to last; returns those that are not summed."""
@@ -176,10 +177,13 @@ class Stream:
             inside = blocks[better, block].argmax(1)
             self.sums.raise_peak(better, peak[better], self._rows.stored(first + block * BLOCK + inside))
         many &= self.sums.peak[:, 0] > -torch.inf
-        for start in range(0, size, self._part):
-            stop = min(start + self._part, size)
-            active = many & near[:, start // BLOCK : -(-stop // BLOCK)].any(1) if self._skips else many
-            self._sum(active, logits[:, start:stop], self._rows.part(first + start, first + stop))
+        ends = [(start, min(start + self._part, size)) for start in range(0, size, self._part)]
+        parts = [near[:, start // BLOCK : -(-stop // BLOCK)].any(1) if self._skips else many for start, stop in ends]
+        active = torch.stack(parts) & many  # (parts, B)
+        # found for all parts at once: a GPU would run dry while each of them waits for its own
+        chosen, late = _places(active), _places(active & self._late)
+        for (start, stop), *which in zip(ends, active, chosen, late, strict=True):
+            self._sum(*which, logits[:, start:stop], self._rows.part(first + start, first + stop))
         return pairs
 
     def _put_aside(self, blocks: Tensor, near: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Pairs]:
@@ -194,10 +198,9 @@ class Stream:
         rows = self._rows.stored(first + block[which] * BLOCK + column)
         return ~few, Pairs(query[which], rows, logits[which, column])
 
-    def _sum(self, active: Tensor, logits: Tensor, rows: slice | Tensor) -> None:
-        """Add rows with logits (B, C) to the sums of the queries that are active (B,)."""
+    def _sum(self, active: Tensor, queries: Tensor, late: Tensor, logits: Tensor, rows: slice | Tensor) -> None:
+        """Add rows with logits (B, C) to the sums of the queries (b,) that are active (B,), some of which are late."""
         sums, num = self.sums, len(logits)
-        queries = active.nonzero()[:, 0]
         if not len(queries):
             return
         everyone = len(queries) > 0.9 * num  # to leave a few out is more work than to give them no weight
@@ -212,12 +215,16 @@ class Stream:
             weights[~active] = 0  # also what their peak of -inf has made
         chosen = slice(0, num) if everyone else queries
         sums.square[chosen] += torch.linalg.vector_norm(weights, dim=1).square()
-        late = (self._late[chosen] & active[chosen]).nonzero()[:, 0]
         if len(late):
-            own = late if everyone else queries[late]
-            relative = (logits[own] - sums.peak[own]).clamp_(min=LEAST_LOGIT)
-            sums.depth[own] += (relative * weights[late]).sum(1).double()
+            own = late if everyone else torch.searchsorted(queries, late)
+            relative = (logits[late] - sums.peak[late]).clamp_(min=LEAST_LOGIT)
+            sums.depth[late] += (relative * weights[own]).sum(1).double()
         self._products.add_weighted(sums.total, chosen, weights, rows)
+
+
+def _places(mask: Tensor) -> list[Tensor]:
+    """Where each row of a mask (R, C) is true, in order."""
+    return list(mask.nonzero()[:, 1].split(mask.sum(1).tolist()))
 
 
 @dataclass
