@@ -182,8 +182,9 @@ class Stream:
         active = torch.stack(parts) & many  # (parts, B)
         # found for all parts at once: a GPU would run dry while each of them waits for its own
         chosen, late = _places(active), _places(active & self._late)
-        for (start, stop), *which in zip(ends, active, chosen, late, strict=True):
-            self._sum(*which, logits[:, start:stop], self._rows.part(first + start, first + stop))
+        for (start, stop), mask, queries, own_late in zip(ends, active, chosen, late, strict=True):
+            rows = self._rows.part(first + start, first + stop)
+            self._sum(mask, queries, own_late, logits[:, start:stop], rows)
         return pairs
 
     def _put_aside(self, blocks: Tensor, near: Tensor, threshold: Tensor, first: int) -> tuple[Tensor, Pairs]:
