@@ -27,8 +27,8 @@ LOW = 2.0**-11
 WIDENED = 1024
 """Rows that are widened to float32, or gathered, at a time on a CPU."""
 
-SPLIT = 16384
-"""Rows that are split into terms at a time: some 100 MB each."""
+SPLIT_VALUES = 2**25
+"""Values of rows that are split into terms at a time, which takes some 0.5 GB."""
 
 WEIGHT_SCALE = 2.0**15
 """Makes of a weight of 1 nearly the largest float16, so that small weights keep their bits."""
@@ -36,7 +36,7 @@ WEIGHT_SCALE = 2.0**15
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32: no autocast, no TF32 or bf16 in disguise. Restores what it found."""
+    """Products added up in float32: no autocast, no TF32, bf16 or float16 in disguise. Restores what it found."""
     # torch has an older setting and newer ones by backend; products on CUDA fail while the two contradict each other
     backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     newer = [backend.fp32_precision for backend in backends]
@@ -44,11 +44,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:  # someone has set the newer ones only
         older = None
+    half_sums = backends[0].allow_fp16_accumulation  # of tensor cores too, whatever dtype they return
     torch.set_float32_matmul_precision("highest")  # the newer ones follow
+    backends[0].allow_fp16_accumulation = False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        backends[0].allow_fp16_accumulation = half_sums
         if older is not None:
             torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, newer, strict=True):
@@ -114,6 +117,7 @@ class SplitProducts(Products):
 
     def __init__(self, bank: DataBank, query: Tensor) -> None:
         super().__init__(bank, query)
+        self._most_rows = max(1, SPLIT_VALUES // bank.num_dims)
         direction, self._extra = query.split([bank.num_dims, query.shape[1] - bank.num_dims], 1)
         # powers of two, so that scaling is exact: rows stay below 2^15, queries below 2
         self._row_scale = 2.0 ** (14 - math.frexp(bank.max_norm)[1])
@@ -124,7 +128,7 @@ class SplitProducts(Products):
 
     def logits(self, rows: slice | Tensor, out: Tensor) -> None:
         """See `Products`."""
-        for part, columns in in_parts(rows, out, SPLIT):
+        for part, columns in in_parts(rows, out, self._most_rows):
             stored, extra = self.bank.parts(part)
             high, *low = self._split(stored)
             torch.add(*_halves(multiply(self._terms, high.T)), alpha=LOW, out=columns)
@@ -135,7 +139,7 @@ class SplitProducts(Products):
 
     def accumulate(self, total: Tensor, weights: Tensor, rows: slice | Tensor) -> None:
         """See `Products`."""
-        for part, columns in in_parts(rows, weights, SPLIT):
+        for part, columns in in_parts(rows, weights, self._most_rows):
             stored, extra = self.bank.parts(part)
             high, *low = self._split(stored)
             terms = torch.cat(split(columns * WEIGHT_SCALE))  # (2 b, C) float16

@@ -256,3 +256,15 @@ class TestFullPrecision:
         with full_precision(torch.device("cpu")), full_precision(torch.device("cpu")):
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
+
+    @pytest.mark.parametrize("asked_for", [False, True])
+    def test_halves_are_never_added_up_as_halves(self, asked_for):
+        settings = torch.backends.cuda.matmul
+        before = settings.allow_fp16_accumulation
+        try:
+            settings.allow_fp16_accumulation = asked_for
+            with full_precision(torch.device("cpu")):
+                assert not settings.allow_fp16_accumulation
+            assert settings.allow_fp16_accumulation == asked_for
+        finally:
+            settings.allow_fp16_accumulation = before
