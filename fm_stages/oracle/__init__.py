@@ -6,7 +6,7 @@ from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, oracle_of
-from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank
+from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank, rows_per_query
 from fm_stages.oracle.profile import StageProfile
 from fm_stages.oracle.ranks import together
 from fm_stages.oracle.skipping import measure_nearest
@@ -35,6 +35,7 @@ __all__ = [
     "nearest_pays",
     "oracle_of",
     "plan_bank",
+    "rows_per_query",
     "timestep_bins",
     "together",
 ]

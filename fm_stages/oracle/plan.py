@@ -18,7 +18,7 @@ MAX_SHARE = 0.6
 """Share of a rank's memory that a shard may take; the rest is for the model."""
 
 INDEX_BYTES = 8
-"""Per row of the whole bank on every rank: where it is stored, and what finding equal rows leaves behind."""
+"""Per row of the whole bank on every rank: where it is stored and, if measured, how near the nearest other image is."""
 
 
 @dataclass
@@ -98,17 +98,32 @@ def plan_bank(
     )
 
 
-def nearest_pays(num_rows: int, num_queries: int, num_calls: int) -> bool:
+def rows_per_query(bank: DataBank, label_dropout: float) -> float:
+    """How many rows a query is held against on average: all, or those of its class.
+
+    Args:
+        bank: the bank.
+        label_dropout: share of queries that are conditioned on no label.
+    """
+    if not bank.has_labels:
+        return bank.num_rows
+    # a sample's class is drawn as the rows are
+    own = sum(count**2 for count in bank.label_counts.values()) / bank.num_rows
+    return label_dropout * bank.num_rows + (1 - label_dropout) * own
+
+
+def nearest_pays(num_rows: int, num_queries: int, num_calls: int, share: float = 1.0) -> bool:
     """Whether `fm_stages.oracle.measure_nearest`, N^2 products of rows, is less than what it saves.
 
-    It saves both products, B N each, for the share of uniform t that is certified: a quarter or more on images.
+    It saves both products, for the share of uniform t that is certified: a quarter or more on images.
 
     Args:
         num_rows: N.
-        num_queries: B of a call.
+        num_queries: B of a call, on all ranks that measure together.
         num_calls: how often the oracle will be asked for a target.
+        share: of the rows, that a query is held against (`rows_per_query`).
     """
-    return num_rows < 0.25 * 2 * num_queries * num_calls
+    return num_rows < 0.25 * 2 * num_queries * share * num_calls
 
 
 def describe(
@@ -123,11 +138,7 @@ def describe(
         num_ranks: ranks that train.
         step_flops: floating point operations of a training step on this rank, if they are known.
     """
-    rows: float = bank.num_rows
-    if bank.has_labels:
-        # a sample's class is drawn as the rows are
-        own = sum(count**2 for count in bank.label_counts.values()) / bank.num_rows
-        rows = label_dropout * rows + (1 - label_dropout) * own
+    rows = rows_per_query(bank, label_dropout)
     flops = 4 * num_queries * rows * bank.num_dims  # two products; what is skipped is not known yet
     where = "" if num_ranks == 1 else f" on each of {num_ranks} ranks, {'a copy' if bank.group is None else 'a shard'}"
     share = "" if not step_flops else f", {flops / step_flops:.1%} of a training step's {_flops(step_flops)}"

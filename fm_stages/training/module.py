@@ -22,7 +22,7 @@ from fm_stages.flow import (
     keyed_uniform,
     stratified_uniform,
 )
-from fm_stages.oracle import measure_nearest, nearest_pays, oracle_of
+from fm_stages.oracle import measure_nearest, nearest_pays, oracle_of, rows_per_query
 from fm_stages.training.ema import frozen_twin, ramped_decay, update_twin
 from fm_stages.training.targets import ConditionalTarget, Target
 
@@ -121,9 +121,13 @@ class FlowMatching(L.LightningModule):
         if self.target.oracle is None:
             return
         bank = self.target.oracle.bank.to(self.device)
-        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 0)
-        pays = nearest_pays(bank.num_rows, batch_size, self.trainer.max_steps)
-        if self.target.can_skip and self.target.oracle.collapses and bank.nearest is None and pays:
+        if not (self.target.can_skip and self.target.oracle.collapses and bank.nearest is None):
+            return
+        num_queries = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 0)
+        if bank.group is None:  # each rank measures all of its copy, and asks for its own part of the batch
+            num_queries //= self.trainer.world_size
+        share = rows_per_query(bank, self.label_dropout) / bank.num_rows
+        if nearest_pays(bank.num_rows, num_queries, self.trainer.max_steps, share):
             measure_nearest(bank)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

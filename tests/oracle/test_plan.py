@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fm_stages.oracle import DataBank, describe, nearest_pays, plan_bank
+from fm_stages.oracle import DataBank, describe, nearest_pays, plan_bank, rows_per_query
 from fm_stages.oracle.plan import COPY_SHARE, INDEX_BYTES, MAX_SHARE
 
 GIB = 2**30
@@ -92,3 +92,11 @@ def test_nearest_neighbours_pay_in_long_runs():
     assert nearest_pays(60_000, 128, 4000)
     assert not nearest_pays(60_000, 128, 400)
     assert not nearest_pays(60_000, 0, -1)  # a run of unknown length
+    assert not nearest_pays(60_000, 128, 4000, share=0.1)
+
+
+@pytest.mark.parametrize(("label_dropout", "rows"), [(1.0, 6.0), (0.0, (4 + 16) / 6), (0.25, 1.5 + 2.5)])
+def test_rows_per_query(label_dropout, rows):
+    labelled = DataBank(torch.arange(6.0)[:, None], torch.tensor([0, 1, 1, 1, 1, 0]))
+    assert rows_per_query(labelled, label_dropout) == pytest.approx(rows)
+    assert rows_per_query(DataBank(torch.arange(6.0)[:, None]), label_dropout) == 6
