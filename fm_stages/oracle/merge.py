@@ -100,7 +100,7 @@ class Partial:
             return self
         peak, winner = ranks.gather(self.peak[None], [1] * ranks.num_ranks(group), group).max(0)
         own_wins = winner == ranks.rank_of(group)
-        # rows are float32 numbers
+        # of rows float32 loses nothing; of a mixture's means it only chooses what sums are relative to
         best = ranks.reduce(torch.where(own_wins[:, None], self.best, 0.0).float(), group).double()
         own = self.seen_from(peak, best)
         columns = [getattr(own, name).reshape(len(peak), -1) for name in _SUMS]
