@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fm_stages.data.loading import SCALE, SHIFT, EpochSampler, HeldOutSampler, LabelledImages
-from fm_stages.oracle import DataBank, plan_bank
+from fm_stages.oracle import DataBank, plan_bank, together
 
 
 class _ResumableLoader(DataLoader):
@@ -134,7 +134,9 @@ class ImageData(L.LightningDataModule):
             train = self._ready()[0]
             num_rows = self.num_train * (2 if self.flip else 1)
             ranks = self.trainer.world_size if self.trainer and dist.is_initialized() else 1
-            memory = self._memory_per_rank()
+            with together(dist.group.WORLD if ranks > 1 else None) as meeting:
+                meeting.size = self._memory_per_rank()
+            memory = min(meeting.sizes)  # all must come to the same plan, and free memory differs
             plan = plan_bank(num_rows, math.prod(self.shape), 1, memory, ranks, self.shard_bank)
             index = torch.tensor(plan.rows_of(dist.get_rank() if plan.sharded else 0))
             pixels = torch.empty(len(index), *self.shape, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+from fm_stages.data import Digits
 from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank, Oracle
 from fm_stages.oracle.skipping import measure_nearest
@@ -138,6 +139,15 @@ def train(folder: Path, device: str, strategy: str, sharded: bool) -> dict[str, 
     }
 
 
+def planned() -> bool:
+    """Whether the digits' bank is sharded where it would be a copy by what rank 0 has free, and not by rank 1's."""
+    data = Digits()
+    data.setup()
+    data._memory_per_rank = lambda: (2**30, 2**20)[dist.get_rank()]
+    data.trainer = L.Trainer(accelerator="cpu", devices=dist.get_world_size(), logger=False, enable_checkpointing=False)
+    return data.bank().group is not None
+
+
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(TIMEOUT_SEC, exit=True)
     torch.set_num_threads(1)
@@ -150,4 +160,6 @@ if __name__ == "__main__":
         for strategy in ("ddp", "fsdp2")
         for sharded in (True, False)
     }
+    if device == "cpu":
+        runs["planned"] = planned()
     torch.save(runs, folder / f"rank{dist.get_rank()}.pt")

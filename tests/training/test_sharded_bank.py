@@ -50,3 +50,7 @@ class TestSharded:
     def test_ranks_agree(self, runs, strategy):
         for name in ("profile", "table", "held out"):
             assert str(runs[0][strategy, True][name]) == str(runs[1][strategy, True][name])
+
+
+def test_ranks_with_unlike_memory_make_one_plan(runs):
+    assert [run.get("planned", True) for run in runs] == [True, True]
