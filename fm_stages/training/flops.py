@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +19,7 @@ def step_flops(module: L.LightningModule, x_t: Tensor, t: Tensor, labels: Tensor
     network = getattr(module, "network", None)
     if not isinstance(network, nn.Module):
         return None
-    if any(isinstance(part, FSDPModule) for part in network.modules()):
+    if any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in network.modules()):
         return None  # its hooks would gather the weights for this forward, and be left half-way
     labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
     counter = FlopCounterMode(display=False)
