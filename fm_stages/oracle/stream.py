@@ -280,9 +280,10 @@ class Sums:
     def partial(self, bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor, offset: Tensor) -> Partial:
         """The sums in the form that merges.
 
-        The spread ||x_i - best||^2 about the best row r comes from the bank's mean while a < s. From there on, with
-        logits l without counts, from ||x_i - r||^2 = 2 (s/a)^2 (l_r - l_i) + (2/a) (x_t - a r) . (x_i - r): every term
-        vanishes with the other rows' weights, as it must where A_t^2 multiplies the spread.
+        The spread ||x_i - best||^2 about the best row r comes from the bank's mean while a u < s, for rows that reach u
+        (at most 1) from it in each value. From there on, with logits l without counts, from
+        ||x_i - r||^2 = 2 (s/a)^2 (l_r - l_i) + (2/a) (x_t - a r) . (x_i - r): every term vanishes with the other rows'
+        weights, as it must where A_t^2 multiplies the spread.
 
         Args:
             bank: the training set.
@@ -308,7 +309,8 @@ class Sums:
 
         from_mean = best - bank.mean
         spread = extra[:, 0] - 2 * (moment * from_mean).sum(1) - weight * from_mean.square().sum(1)
-        late = (a >= s).nonzero()[:, 0]
+        # what follows is rounded as a multiple of (s / a)^2, which small rows would vanish in
+        late = (a * min(1.0, math.sqrt(bank.max_spread / bank.num_dims)) >= s).nonzero()[:, 0]
         if len(late):
             log_counts = extra.gather(1, column[:, None])[:, 0] - weight * bank.log_count(self.best, column)
             across = ((x_t[late] - a[late] * best[late]) * moment[late]).sum(1, keepdim=True)

@@ -106,6 +106,15 @@ class TestAgainstFloat64:
         assert error_of_mean(posterior, truth, x) < 1e-5
         assert (posterior.top1 - truth.top1).abs().max() < 1e-4
 
+    @pytest.mark.parametrize("scale", [1e-2, 1e2])
+    def test_variance_in_other_units(self, scale, path, brute_force, path_coefficients, generator):
+        """Also between the time where rows reach as far as the noise, and the time when they would in other units."""
+        x = scale * torch.randn(300, 1, 4, 4, generator=generator)
+        t = torch.linspace(0.01, 0.9, 300)
+        x_t = noisy(path, x, t, generator)
+        posterior, truth = Oracle(DataBank(x), path).posterior(x_t, t), brute_force(x, None, x_t, t, path)
+        assert (posterior.variance - truth.variance).abs().max() < 1e-5 * x.square().sum() / len(x)
+
     def test_one_value_per_row(self, brute_force, path, path_coefficients, generator):
         x = torch.randn(200, 1, generator=generator)
         t = torch.linspace(0, 0.9, 50)
