@@ -95,7 +95,7 @@ def _nearest_squares(bank: DataBank, index: Tensor) -> Tensor:
     """Lower bounds (B,) on the squared distance of training rows to the other rows that this rank holds."""
     centred = bank.rows(index).flatten(1).double() - bank.mean
     # the product with a stored row is y_i . y_j - ||y_j||^2 / 2, but for a constant
-    query = torch.zeros(len(index), bank.num_dims + NUM_EXTRA, device=bank.device)
+    query = torch.zeros(len(index), bank.num_dims + NUM_EXTRA, dtype=torch.float32, device=bank.device)
     query[:, : bank.num_dims] = bank.to_query(centred).float()
     query[:, bank.num_dims] = -0.5
     own = bank.place_of(index)
@@ -104,7 +104,7 @@ def _nearest_squares(bank: DataBank, index: Tensor) -> Tensor:
         largest = torch.full_like(query[:, 0], -torch.inf)
         for start in range(0, bank.num_stored, ROWS):
             rows = slice(start, min(start + ROWS, bank.num_stored))
-            found = torch.empty(len(index), rows.stop - start, device=bank.device)
+            found = torch.empty(len(index), rows.stop - start, dtype=torch.float32, device=bank.device)
             factors.logits(rows, found)
             here = ((own >= start) & (own < rows.stop)).nonzero()[:, 0]
             found[here, own[here] - start] = -torch.inf

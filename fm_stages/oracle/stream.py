@@ -136,14 +136,14 @@ class Stream:
         self._margin = (left_out + 2 * error)[:, None]  # (B, 1)
         self._most = torch.where(error > COARSE, MAX_CANDIDATES, FEW if tolerance else -1)  # (B,)
         self._skips, self._late = tolerance > 0, late
-        self._peak = torch.full((num, 1), -torch.inf, device=device)  # largest logit so far
+        self._peak = torch.full((num, 1), -torch.inf, dtype=torch.float32, device=device)  # largest logit so far
         self.sums = Sums.zeros(num, query.shape[1], device)
 
         values, part = (CPU_VALUES, CPU_PART) if device.type == "cpu" else (GPU_VALUES, GPU_PART)
         size = min(max(values // num // BLOCK, 1), -(-len(self._rows) // BLOCK)) * BLOCK
         self._part = min(-(-part // BLOCK) * BLOCK, size)
-        self._logits = torch.empty(num, size, device=device)
-        self._weights = torch.empty(num * self._part, device=device)
+        self._logits = torch.empty(num, size, dtype=torch.float32, device=device)
+        self._weights = torch.empty(num * self._part, dtype=torch.float32, device=device)
         found = [self._add(first, min(first + size, len(self._rows))) for first in range(0, len(self._rows), size or 1)]
         self.sums.depth = torch.where(late, self.sums.depth, self.sums.linear_depth(query))
         pairs = Pairs.cat(found, [0] * len(found), device)
@@ -242,10 +242,10 @@ class Sums:
     def zeros(cls, num: int, columns: int, device: torch.device) -> Sums:
         """No rows yet: any logit is larger than the peak."""
         return cls(
-            peak=torch.full((num, 1), -torch.inf, device=device),
+            peak=torch.full((num, 1), -torch.inf, dtype=torch.float32, device=device),
             best=torch.zeros(num, dtype=torch.int64, device=device),
-            total=torch.zeros(num, columns, device=device),
-            square=torch.zeros(num, device=device),
+            total=torch.zeros(num, columns, dtype=torch.float32, device=device),
+            square=torch.zeros(num, dtype=torch.float32, device=device),
             depth=torch.zeros(num, dtype=torch.float64, device=device),
         )
 
