@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 
@@ -73,6 +74,10 @@ class DataBank:
     ) -> None:
         self.group = group
         with ranks.together(group) as meeting:
+            for name, value in (("x1", x1), ("labels", labels)):
+                if not isinstance(value, Tensor | None):
+                    remedy = f"torch.as_tensor({name}) makes one"
+                    raise TypeError(f"{name} is a tensor, got {type(value).__name__}: {remedy}")
             x1, labels = x1.detach(), None if labels is None else labels.detach()
             _check(x1, labels, scale, shift)
             self.shape = tuple(x1.shape[1:])
@@ -112,6 +117,11 @@ class DataBank:
         total = ranks.reduce((self._extra[:, 0].double() * own.class_count.to(x1.device)).sum(), group)
         self.rms_norm = float(torch.sqrt(total / self.num_rows + self.mean.square().sum()))
         """Root mean square norm of what the network sees, the unit of errors of the posterior mean."""
+        if not math.isfinite(self.max_spread) or not math.isfinite(self.rms_norm):  # the same on all ranks
+            raise ValueError(
+                f"rows are too large: their squared norms leave float32's range (a stored row has the norm "
+                f"{self.max_norm:.3g}); choose scale and shift so that values are of the size of 1, the noise's"
+            )
 
     def _store(self, flat: Tensor, own: Shard) -> None:
         """Stored rows (M, D), and beside them [||x - mean||^2, 1, log count in the class, log count in the bank].
@@ -120,11 +130,11 @@ class DataBank:
         """
         dims, num = self.num_dims, len(own.first)
         if self.dtype == torch.float32:
-            self._table = torch.empty(num, dims + NUM_EXTRA, device=flat.device)
+            self._table = torch.empty(num, dims + NUM_EXTRA, dtype=torch.float32, device=flat.device)
             self._rows, self._extra = self._table[:, :dims], self._table[:, dims:]
         else:
             self._rows = torch.empty(num, dims, dtype=self.dtype, device=flat.device)
-            self._extra = torch.empty(num, NUM_EXTRA, device=flat.device)
+            self._extra = torch.empty(num, NUM_EXTRA, dtype=torch.float32, device=flat.device)
         for place in torch.arange(num).split(PIECE):
             rows = flat[own.first[place].to(flat.device)]
             self._rows[place] = rows

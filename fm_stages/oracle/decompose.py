@@ -81,12 +81,15 @@ def decompose(
         ValueError: if the shapes do not fit, or as `Oracle.posterior` does.
     """
     with ranks.together(oracle.bank.group) as meeting:
-        meeting.alike = {"giving an index": index is not None}
         if prediction.shape != x1.shape or x0.shape != x1.shape:
             raise ValueError(
                 f"noise, data and prediction need one shape: they have {tuple(x0.shape)}, {tuple(x1.shape)} and "
                 f"{tuple(prediction.shape)}"
             )
+        if prediction.device != x0.device:
+            raise ValueError(f"the noise is on {x0.device}, the prediction on {prediction.device}: move one of them")
+        # all of it before the first collective, where an error on one rank is one on all
+        oracle.check(meeting, x0, t, labels, index, x1 if index is None else None)
     if index is not None:
         x1 = oracle.bank.rows(index)
     x0, x1, t, prediction = x0.float(), x1.float(), t.float(), prediction.float()

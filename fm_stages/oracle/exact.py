@@ -114,7 +114,7 @@ class Oracle:
                 one.
         """
         with ranks.together(self.bank.group) as meeting:
-            labels = self._check(x_t, t, labels, index, meeting)
+            labels = self.check(meeting, x_t, t, labels, index)
         return self._posterior(x_t, t, labels, meeting.sizes, index)
 
     @torch.no_grad()
@@ -125,6 +125,8 @@ class Oracle:
             ValueError: also where sigma(t) = 0: u* is undefined there, so a solver's last step should start earlier.
         """
         with ranks.together(self.bank.group):
+            self._check_values("queries", x_t)
+            check_tensor("times", t)
             check_time(t)
             wide, t = x_t.float(), t.float()
             if bool((self.path.sigma(t) == 0).any()):
@@ -149,9 +151,9 @@ class Oracle:
             u* (B, ...), float32.
         """
         with ranks.together(self.bank.group) as meeting:
-            labels = self._check(x0, t, labels, index, meeting)
-            if index is None and x1.shape != x0.shape:
-                raise ValueError(f"noise {tuple(x0.shape)} and data {tuple(x1.shape)} need one shape")
+            if index is None:
+                check_tensor("data", x1)
+            labels = self.check(meeting, x0, t, labels, index, x1 if index is None else None)
         rows = None if index is None else self.bank.rows_of_all(index, meeting.sizes)
         x0, x1, t = x0.float(), (x1 if rows is None else rows).float(), t.float()
         mean = self._posterior(self.path.interpolate(x0, x1, t), t, labels, meeting.sizes, index, rows).mean
@@ -167,10 +169,17 @@ class Oracle:
     def __deepcopy__(self, memo: dict) -> Oracle:
         return self
 
-    def _check(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, index: Tensor | None, meeting: ranks.Meeting
+    def check(
+        self,
+        meeting: ranks.Meeting,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        index: Tensor | None,
+        x1: Tensor | None = None,
     ) -> Tensor:
-        """Labels of the queries, once all that was given fits this bank."""
+        """Labels of the queries, once all that was given fits this bank; ``x_t`` may also be the noise for ``x1``."""
+        check_tensor("queries", x_t)
         meeting.size = len(x_t)
         meeting.alike = {
             "the tolerance": self.tolerance,
@@ -182,17 +191,22 @@ class Oracle:
             raise ValueError(
                 f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}"
             )
-        for name, device in (("queries", x_t.device), ("times", t.device)):
-            if device != self.bank.device:
-                raise ValueError(f"the bank is on {self.bank.device}, the {name} on {device}: move it: bank.to(...)")
+        self._check_values("queries", x_t)
+        self._check_device("times", t)
         expand_time(t, x_t)
         check_time(t)
+        if x1 is not None:
+            self._check_values("data", x1)
+            if x1.shape != x_t.shape:
+                raise ValueError(f"noise {tuple(x_t.shape)} and data {tuple(x1.shape)} need one shape")
         if index is not None:
+            check_tensor("index", index)
             check_index(index, self.bank.num_rows)
             if len(index) != len(x_t):
                 raise ValueError(f"need one index per query, got {len(index)} for {len(x_t)} queries")
         if labels is None:
             return torch.full((len(x_t),), -1, device=x_t.device)
+        check_tensor("labels", labels)
         if labels.shape != t.shape or labels.is_floating_point():
             raise ValueError(
                 f"need one integer label per query, -1 for unconditional: got {labels.dtype} of shape "
@@ -201,6 +215,21 @@ class Oracle:
         for label in labels.unique().tolist():
             self.bank.slice_of(label)  # raises if there is none
         return labels.to(x_t.device)
+
+    def _check_device(self, name: str, x: Tensor) -> None:
+        check_tensor(name, x)
+        if x.device != self.bank.device:
+            raise ValueError(f"the bank is on {self.bank.device}, the {name} on {x.device}: move it: bank.to(...)")
+
+    def _check_values(self, name: str, x: Tensor) -> None:
+        """Raise unless these (B, ...) are finite numbers, as the network sees them, where the bank is."""
+        self._check_device(name, x)
+        if not x.is_floating_point():
+            raise ValueError(f"{name} are floating point, as the network sees them: got {x.dtype}")
+        finite = torch.isfinite(x.to(self.query_dtype))
+        if not bool(finite.all()):
+            row = int((~finite).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"row {row} of the {name} holds NaN or infinity: no posterior belongs to it")
 
     def _may_skip(self) -> bool:
         """Whether whole queries may be certified: distances are there, and weights are those of the bank's rows."""
@@ -288,7 +317,7 @@ class Oracle:
         """
         bank = self.bank
         away = x_t - a * bank.mean  # float64
-        query = torch.zeros(len(x_t), bank.num_dims + NUM_EXTRA, device=x_t.device)
+        query = torch.zeros(len(x_t), bank.num_dims + NUM_EXTRA, dtype=torch.float32, device=x_t.device)
         query[:, : bank.num_dims] = bank.to_query(a / s**2 * away).float()
         query[:, bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
         query.scatter_(1, bank.num_dims + column[:, None], 1.0)
@@ -306,6 +335,12 @@ class Oracle:
             entropy=(part.weight.log() - part.depth / part.weight).clamp(min=0).float(),
             variance=(part.spread / part.weight - step.square().sum(1)).clamp(min=0).float(),
         )
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise TypeError unless this is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be given as a tensor (B, ...), got {type(x).__name__}")
 
 
 def groups(labels: Tensor, least: int) -> list[int]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fm_stages.flow import Path, expand_time
 from fm_stages.oracle import ranks
 from fm_stages.oracle.bank import DataBank, count_columns
-from fm_stages.oracle.exact import Oracle
+from fm_stages.oracle.exact import Oracle, check_tensor
 from fm_stages.oracle.merge import Partial
 
 CPU_VALUES, GPU_VALUES = 2**18, 2**21
@@ -190,9 +190,11 @@ class MixtureOracle(Oracle):
         self, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """See `Oracle.target`. In float64 throughout, for the posterior mean never has the bits of x1 here."""
-        with ranks.together(self.bank.group):
+        with ranks.together(self.bank.group) as meeting:
             if index is not None:
                 self.bank.rows(index)  # raises
+            check_tensor("data", x1)
+            self.check(meeting, x0, t, labels, None, x1)
         wide, x0, x1 = t.double().clamp(max=LAST_TIME), x0.double(), x1.double()
         mean = self.posterior(self.path.interpolate(x0, x1, wide), wide, labels).mean
         scale = expand_time(self.path.mean_coefficient(wide), x1)

@@ -67,6 +67,8 @@ class StageProfile:
         """
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a share in [0, 1], got {label_dropout}")
+        if num_queries < 1 or num_times < 2:
+            raise ValueError(f"num_queries={num_queries} must be 1 or more and num_times={num_times} 2 or more")
         bank = oracle.bank
         if not bank.has_labels:
             label_dropout = 1.0

@@ -312,6 +312,17 @@ class TestRefusals:
             with pytest.raises(ValueError, match="does not fit rows of shape"):
                 DataBank(x, **given)
 
+    @pytest.mark.parametrize("name", ["x1", "labels"])
+    def test_no_tensor(self, name):
+        given = {"x1": torch.zeros(2, 1), "labels": torch.zeros(2).long()}
+        with pytest.raises(TypeError, match=f"{name} is a tensor, got ndarray"):
+            DataBank(**given | {name: given[name].numpy()})
+
+    def test_rows_whose_norms_overflow(self):
+        DataBank(1e15 * torch.eye(4))
+        with pytest.raises(ValueError, match="rows are too large.*scale"):
+            DataBank(1e25 * torch.eye(4))
+
     @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("row", [0, 3, 9000])
     def test_values_that_are_not_finite_are_named_by_row(self, wrong, row):

@@ -251,3 +251,5 @@ class TestEdges:
             decompose(oracle, x, x, torch.tensor([0.0, 1.5]), x)
         with pytest.raises(ValueError, match="no labels"):
             decompose(oracle, x, x, torch.zeros(2), x, labels=torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="data are floating point.*uint8"):
+            decompose(oracle, x, x.to(torch.uint8), torch.zeros(2), x)

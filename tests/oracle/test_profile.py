@@ -173,6 +173,12 @@ def profile() -> StageProfile:
     return StageProfile.measure(Oracle(DataBank(rows, torch.arange(20) % 2), LinearPath()), 0.1, num_queries=32)
 
 
+@pytest.mark.parametrize("few", [{"num_queries": 0}, {"num_times": 1}], ids=str)
+def test_too_few_draws_or_times_raise(few):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        StageProfile.measure(Oracle(DataBank(torch.eye(3)), LinearPath()), **few)
+
+
 class TestJson:
     def test_round_trip(self, profile):
         assert StageProfile.from_json(profile.to_json()) == profile
