@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fm_stages.oracle import ranks
-from fm_stages.oracle.distinct import PIECE, Shard, distinct_rows
+from fm_stages.oracle.distinct import Shard, distinct_rows, piece
 
 NUM_EXTRA = 4
 """Columns kept behind each row's values: what lets one matrix product yield logits and sums at once."""
@@ -104,13 +104,13 @@ class DataBank:
         self._slices = {} if labels is None else _slices(own.label)
 
         # by pieces, like all that is done in float64, which never holds a second bank
-        total = torch.stack([piece.double().sum(0) for piece in flat.split(PIECE)]).sum(0)
+        total = torch.stack([rows.double().sum(0) for rows in flat.split(piece(self.num_dims))]).sum(0)
         self.mean = self._affine(ranks.reduce(total, group) / self.num_rows)  # (D,) float64, over all N rows
         self.nearest: Tensor | None = None
         """Distance of each training row (N,) to the nearest other image, or a little less, if it was measured."""
         self._table: Tensor | None = None
         self._store(flat, own)
-        norms = torch.stack([piece.float().norm(dim=1).max() for piece in flat.split(PIECE)])
+        norms = torch.stack([rows.float().norm(dim=1).max() for rows in flat.split(piece(self.num_dims))])
         spread = self._extra[:, 0].amax(0, keepdim=True) if len(self._extra) else torch.zeros(1, device=x1.device)
         most = ranks.reduce(torch.cat([norms.amax(0, keepdim=True), spread]).double(), group, "max")
         self.max_norm, self.max_spread = most.tolist()  # of a row as stored; largest squared distance to the mean
@@ -135,7 +135,7 @@ class DataBank:
         else:
             self._rows = torch.empty(num, dims, dtype=self.dtype, device=flat.device)
             self._extra = torch.empty(num, NUM_EXTRA, dtype=torch.float32, device=flat.device)
-        for place in torch.arange(num).split(PIECE):
+        for place in torch.arange(num).split(piece(self.num_dims)):
             rows = flat[own.first[place].to(flat.device)]
             self._rows[place] = rows
             self._extra[place, 0] = (self._affine(rows.double()) - self.mean).square().sum(1).float()
@@ -199,9 +199,9 @@ class DataBank:
         if self._table is not None:
             return self._table[rows]
         values, extra = self.parts(rows)
-        piece = extra.new_empty(len(values), self.num_dims + NUM_EXTRA)
-        piece[:, : self.num_dims], piece[:, self.num_dims :] = values, extra
-        return piece
+        table = extra.new_empty(len(values), self.num_dims + NUM_EXTRA)
+        table[:, : self.num_dims], table[:, self.num_dims :] = values, extra
+        return table
 
     def parts(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Stored rows (C, D) in their dtype, and their extra columns (C, NUM_EXTRA) float32: of a slice views."""
@@ -282,7 +282,7 @@ class DataBank:
     def covariance(self) -> Tensor:
         """Covariance of the training rows: (D, D) float64, the same on all ranks."""
         total = torch.zeros(self.num_dims, self.num_dims, dtype=torch.float64, device=self.device)
-        for place in torch.arange(self.num_stored, device=self.device).split(PIECE):
+        for place in torch.arange(self.num_stored, device=self.device).split(piece(self.num_dims)):
             centred = self._affine(self._rows[place].double()) - self.mean
             total += (centred * self._extra[place, 2, None].double().exp()).T @ centred
         return ranks.reduce(total, self.group) / self.num_rows
@@ -339,8 +339,9 @@ def _check(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: floa
 def _check_finite(x1: Tensor) -> None:
     if x1.dtype == torch.uint8:
         return
-    for start in range(0, x1.shape[0], PIECE):
-        finite = torch.isfinite(x1[start : start + PIECE].float()).flatten(1).all(1)
+    size = piece(x1[0].numel())
+    for start in range(0, x1.shape[0], size):
+        finite = torch.isfinite(x1[start : start + size].float()).flatten(1).all(1)
         if not bool(finite.all()):
             row = start + int((~finite).nonzero()[0])
             raise ValueError(f"row {row} of x1 holds NaN or infinity: find out what preprocessing made it")

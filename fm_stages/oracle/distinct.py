@@ -12,8 +12,13 @@ from torch import Tensor
 
 from fm_stages.oracle import ranks
 
-PIECE = 8192
-"""Rows that are worked on at a time where something is done to all of them once."""
+MAX_VALUES = 2**25
+"""Values that are worked on at a time where something is done to all rows once."""
+
+
+def piece(num_dims: int) -> int:
+    """How many rows that is, of D values."""
+    return max(1, min(8192, MAX_VALUES // num_dims))
 
 
 @dataclass
@@ -60,7 +65,7 @@ def distinct_rows(flat: Tensor, labels: Tensor | None, group: dist.ProcessGroup 
     """Group equal rows (by value) of all ranks' ``flat`` (N_r, D); the first of each group stands for it."""
     sizes = ranks.sizes_of(len(flat), group)
     # 128 bits of hash stand for a row: the rows themselves as keys would be a second bank
-    digests = ranks.gather(torch.cat([_digests(piece) for piece in flat.split(PIECE)]), sizes, group)
+    digests = ranks.gather(torch.cat([_digests(rows) for rows in flat.split(piece(flat.shape[1]))]), sizes, group)
     own_label = torch.zeros(len(flat), dtype=torch.int64) if labels is None else labels.long().cpu()
     label = ranks.gather(own_label, sizes, group).numpy()
     seen: dict[bytes, int] = {}

@@ -51,6 +51,7 @@ class TemperedOracle(Oracle):
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"a temperature is positive and finite, got {temperature}")
         self.temperature = temperature
+        self._path += f" at temperature {temperature:g}"  # ranks must agree on it, too
         self.approximate = None if temperature == 1 else f"tempered posterior, temperature {temperature:g}"
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +89,16 @@ class ClassBanks:
         """
         labels = torch.full((len(x1),), NULL) if labels is None else labels
         if labels.shape != (len(x1),) or bool(((labels < NULL) | (labels >= self.num_classes)).any()):
-            raise ValueError(f"need a label from 0 to {self.num_classes - 1} for each of {len(x1)} rows, got {labels}")
+            raise ValueError(
+                f"need a label from 0 to {self.num_classes - 1} for each of {len(x1)} rows, got {tuple(labels.shape)} "
+                f"from {labels.min()} to {labels.max()}"
+            )
+        if not x1.is_floating_point():
+            raise ValueError(f"rows are what the network sees, in floating point; got {x1.dtype}")
+        if self._rows and x1.shape[1:] != self._rows[NULL].shape[1:]:
+            raise ValueError(
+                f"rows have the shape {tuple(self._rows[NULL].shape[1:])} so far, got {tuple(x1.shape[1:])}"
+            )
         rows = x1.detach().half()
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("a row holds values that are not finite in float16")

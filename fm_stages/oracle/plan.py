@@ -142,10 +142,12 @@ def describe(
     flops = 4 * num_queries * rows * bank.num_dims  # two products; what is skipped is not known yet
     where = "" if num_ranks == 1 else f" on each of {num_ranks} ranks, {'a copy' if bank.group is None else 'a shard'}"
     share = "" if not step_flops else f", {flops / step_flops:.1%} of a training step's {_flops(step_flops)}"
-    return (
-        f"{bank}, {str(bank.dtype).removeprefix('torch.')}, {bank.num_bytes / 2**20:.1f} MiB{where}, on {bank.device}. "
-        f"Measuring {num_queries} samples takes at most {_flops(flops)}{share}."
+    # distributions take no products: what their logarithms cost is not known in these terms
+    cost = (
+        f" Measuring {num_queries} samples takes at most {_flops(flops)}{share}." if isinstance(bank, DataBank) else ""
     )
+    dtype = str(bank.dtype).removeprefix("torch.")
+    return f"{bank}, {dtype}, {bank.num_bytes / 2**20:.1f} MiB{where}, on {bank.device}.{cost}"
 
 
 def gibibytes(num_bytes: float) -> str:
