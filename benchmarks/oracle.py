@@ -77,7 +77,7 @@ def against_products(bank: DataBank, num_queries: int) -> list[Case]:
     square = rows.square().sum(1)
     anywhere, early = queries(bank, num_queries, 0, 1), queries(bank, num_queries, 0, 0.3)
     late = queries(bank, num_queries, 0.4, 1)
-    products = two_products(anywhere.flat, rows)
+    products, allocating = (two_products(anywhere.flat, rows, allocate) for allocate in (False, True))
 
     skipping = Oracle(DataBank(rows.reshape(-1, *bank.shape), bank.labels_of(torch.arange(bank.num_rows))), PATH)
     measure_nearest_of(skipping.bank, anywhere.index)
@@ -97,6 +97,8 @@ def against_products(bank: DataBank, num_queries: int) -> list[Case]:
     return [
         Case("t in (0, 1)", products, posterior(oracle), "<= 0.90"),
         Case("navigation: t in (0, 0.3)", products, posterior(oracle, early), "<= 1.10"),
+        Case("t in (0, 1), over products with results of their own", allocating, posterior(oracle), "<= 0.90"),
+        Case("t in (0, 0.3), over products with results of their own", allocating, posterior(oracle, early), "<= 1.10"),
         Case("refinement: t in (0.4, 1)", products, posterior(oracle, late)),
         Case("t in (0, 1), tolerance 0", products, posterior(everything)),
         Case("t in (0, 0.3), tolerance 0", products, posterior(everything, early)),

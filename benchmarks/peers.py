@@ -15,8 +15,12 @@ from fm_stages.flow import keyed_generator
 from fm_stages.oracle import DataBank
 
 
-def two_products(x_t: Tensor, rows: Tensor) -> Callable[[], None]:
-    """The two float32 products of queries (B, D) with rows (N, D), into memory that is there already."""
+def two_products(x_t: Tensor, rows: Tensor, allocate: bool = False) -> Callable[[], None]:
+    """The two float32 products of queries (B, D) with rows (N, D).
+
+    Into memory that is there already, which is less than a caller would pay who writes x_t @ rows.T; with ``allocate``
+    as that caller would write them.
+    """
     device = rows.device
     logits = torch.empty(len(x_t), len(rows), device=device)  # (B, N)
     generator = keyed_generator("benchmark weights", device=device)
@@ -27,7 +31,11 @@ def two_products(x_t: Tensor, rows: Tensor) -> Callable[[], None]:
         torch.mm(x_t, rows.T, out=logits)
         torch.mm(weights, rows, out=mean)
 
-    return work
+    def as_written() -> None:
+        x_t @ rows.T
+        weights @ rows
+
+    return as_written if allocate else work
 
 
 def full_softmax(x_t: Tensor, t: Tensor, rows: Tensor, square: Tensor) -> Tensor:
