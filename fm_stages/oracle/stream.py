@@ -43,8 +43,9 @@ FEW = 8
 CPU_VALUES, GPU_VALUES = 2**22, 2**27
 """Logits of a piece. On a CPU they should stay in its caches, where they are read several times."""
 
-CPU_PART, GPU_PART = 4096, 8192
-"""Rows of a piece that the second product takes or leaves; tensor cores round towards 0 as they add more."""
+CPU_PART, GPU_PART = 2**20, 8192
+"""Weights of a part of a piece, which the second product takes or leaves, on a CPU, where they stay in its caches; and
+rows of one on a GPU, whose tensor cores round towards 0 as they add more."""
 
 BLOCK = 64
 """Rows whose largest logit is found first."""
@@ -139,9 +140,9 @@ class Stream:
         self._peak = torch.full((num, 1), -torch.inf, dtype=torch.float32, device=device)  # largest logit so far
         self.sums = Sums.zeros(num, query.shape[1], device)
 
-        values, part = (CPU_VALUES, CPU_PART) if device.type == "cpu" else (GPU_VALUES, GPU_PART)
+        values, part = (CPU_VALUES, CPU_PART // num) if device.type == "cpu" else (GPU_VALUES, GPU_PART)
         size = min(max(values // num // BLOCK, 1), -(-len(self._rows) // BLOCK)) * BLOCK
-        self._part = min(-(-part // BLOCK) * BLOCK, size)
+        self._part = min(max(-(-part // BLOCK), 1) * BLOCK, size)
         self._logits = torch.empty(num, size, dtype=torch.float32, device=device)
         self._weights = torch.empty(num * self._part, dtype=torch.float32, device=device)
         found = [self._add(first, min(first + size, len(self._rows))) for first in range(0, len(self._rows), size or 1)]
