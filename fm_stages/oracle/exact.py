@@ -246,7 +246,7 @@ class Oracle:
     ) -> Posterior:
         """`posterior` of checked queries, of which the ranks have ``sizes``; ``rows`` are those of the index, if known.
 
-        Whatever decides on a collective here is the same on all ranks: `_check` sees to it.
+        Whatever decides on a collective here is the same on all ranks: `check` sees to it.
         """
         flat = x_t.to(self.query_dtype).reshape(len(x_t), self.bank.num_dims)
         with full_precision(x_t.device):

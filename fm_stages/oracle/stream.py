@@ -131,10 +131,8 @@ class Stream:
         self._rows, self._labels = Selection(bank, labels), labels
         error = rounding_error(query, bank)  # (B,)
         # with tolerance 0 only the queries that are scored again leave out what float32 sums would lose
-        left_out = math.log(sum(bank.count_of(label) for label in self._rows.labels.tolist())) - math.log(
-            tolerance or 1e-8
-        )
-        self._margin = (left_out + 2 * error)[:, None]  # (B, 1)
+        num_rows = sum(bank.count_of(label) for label in self._rows.labels.tolist())
+        self._margin = (math.log(num_rows / (tolerance or 1e-8)) + 2 * error)[:, None]  # (B, 1)
         self._most = torch.where(error > COARSE, MAX_CANDIDATES, FEW if tolerance else -1)  # (B,)
         self._skips, self._late = tolerance > 0, late
         self._peak = torch.full((num, 1), -torch.inf, dtype=torch.float32, device=device)  # largest logit so far
