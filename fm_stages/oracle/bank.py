@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fm_stages.oracle import ranks
 from fm_stages.oracle.distinct import Shard, distinct_rows, piece
+from fm_stages.oracle.inputs import check_index, check_rows
 
 NUM_EXTRA = 4
 """Columns kept behind each row's values: what lets one matrix product yield logits and sums at once."""
@@ -27,16 +28,6 @@ small enough to vanish beside any weight that counts."""
 def count_columns(labels: Tensor) -> Tensor:
     """Which of the extra columns hold the log counts that apply to queries with these labels (B,): (B,) int64."""
     return torch.where(labels == -1, 3, 2)
-
-
-def check_index(index: Tensor, num_rows: int) -> None:
-    """Raise ValueError unless these are rows (B,) of a set of so many: on a GPU a wrong one would end the process."""
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"an index is (B,) integers, got {index.dtype} of shape {tuple(index.shape)}")
-    if index.device.type != "meta" and len(index):
-        low, high = (int(end) for end in index.aminmax())
-        if low < 0 or high >= num_rows:
-            raise ValueError(f"index runs from {low} to {high}, but the bank has {num_rows} rows, counted from 0")
 
 
 class DataBank:
@@ -79,7 +70,7 @@ class DataBank:
                     remedy = f"torch.as_tensor({name}) makes one"
                     raise TypeError(f"{name} is a tensor, got {type(value).__name__}: {remedy}")
             x1, labels = x1.detach(), None if labels is None else labels.detach()
-            _check(x1, labels, scale, shift)
+            check_rows(x1, labels, scale, shift)
             self.shape = tuple(x1.shape[1:])
             self.num_dims = x1[0].numel()
             flat = x1.reshape(len(x1), -1).contiguous()
@@ -311,53 +302,10 @@ class DataBank:
         return f"DataBank({self.num_rows} rows, {self.num_distinct} distinct{shard}, shape {self.shape}, {labels})"
 
 
-def _check(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: float | Tensor) -> None:
-    if x1.ndim < 2 or x1.shape[0] == 0 or x1[0].numel() == 0:
-        raise ValueError(f"a bank needs at least one row of at least one value, got x1 of shape {tuple(x1.shape)}")
-    if not x1.is_floating_point() and x1.dtype != torch.uint8:
-        raise ValueError(f"rows are floating point or uint8; x1 is {x1.dtype}: preprocess it as for the network")
-    if x1.dtype == torch.uint8 and not isinstance(scale, Tensor) and scale == 1:
-        raise ValueError("uint8 rows need the scale and shift that make of them what the network sees")
-    for name, value in (("scale", scale), ("shift", shift)):
-        number = torch.as_tensor(value)
-        if not bool(torch.isfinite(number).all()) or (name == "scale" and bool((number == 0).any())):
-            raise ValueError(f"{name} must be finite, and the scale not 0; got {value}")
-        if number.numel() > 1 and _broadcast(number.shape, x1.shape[1:]) != x1.shape[1:]:
-            raise ValueError(f"{name} of shape {tuple(number.shape)} does not fit rows of shape {tuple(x1.shape[1:])}")
-    _check_finite(x1)
-    if labels is None:
-        return
-    if labels.shape != (x1.shape[0],) or labels.is_floating_point():
-        raise ValueError(
-            f"need one integer label per row: x1 has {x1.shape[0]} rows, labels are {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
-        )
-    if int(labels.min()) < 0:
-        raise ValueError(f"labels of bank rows are 0 or larger, got {int(labels.min())}; -1 marks queries only")
-
-
-def _check_finite(x1: Tensor) -> None:
-    if x1.dtype == torch.uint8:
-        return
-    size = piece(x1[0].numel())
-    for start in range(0, x1.shape[0], size):
-        finite = torch.isfinite(x1[start : start + size].float()).flatten(1).all(1)
-        if not bool(finite.all()):
-            row = start + int((~finite).nonzero()[0])
-            raise ValueError(f"row {row} of x1 holds NaN or infinity: find out what preprocessing made it")
-
-
 def _per_value(value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
     """A number for each value of a row, (D,) float32, or () where it is one for all."""
     value = torch.as_tensor(value, dtype=torch.float32)
     return value.reshape(()) if value.numel() == 1 else value.expand(shape).reshape(-1).contiguous()
-
-
-def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size | None:
-    try:
-        return torch.broadcast_shapes(one, other)
-    except RuntimeError:
-        return None
 
 
 def _in_short(value: Tensor) -> float | str:

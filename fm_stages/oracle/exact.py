@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle import ranks
-from fm_stages.oracle.bank import NUM_EXTRA, DataBank, check_index, count_columns
+from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_columns
+from fm_stages.oracle.inputs import check_index, check_tensor
 from fm_stages.oracle.kernels import full_precision
 from fm_stages.oracle.merge import Partial
 from fm_stages.oracle.rescoring import rescore
+from fm_stages.oracle.selection import CPU_GROUP, GPU_GROUP, groups
 from fm_stages.oracle.skipping import certified
 from fm_stages.oracle.stream import Pairs, Stream, Sums
 
@@ -24,9 +26,6 @@ MAX_QUERIES = 1024
 
 MAX_QUERY_VALUES = 2**22
 """Values of the queries in one pass, whose float64 copies take 32 MiB each."""
-
-CPU_GROUP, GPU_GROUP = 16, 64
-"""Queries from which on a class has a pass of its own."""
 
 SMALLEST_SIGMA = 1e-8
 """Stands for sigma = 0, where the posterior is its limit: the nearest row."""
@@ -335,26 +334,3 @@ class Oracle:
             entropy=(part.weight.log() - part.depth / part.weight).clamp(min=0).float(),
             variance=(part.spread / part.weight - step.square().sum(1)).clamp(min=0).float(),
         )
-
-
-def check_tensor(name: str, x: Tensor) -> None:
-    """Raise TypeError unless this is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be given as a tensor (B, ...), got {type(x).__name__}")
-
-
-def groups(labels: Tensor, least: int) -> list[int]:
-    """How many of the queries with sorted labels (B,) go over the bank together.
-
-    Those without a label, and then whole classes until there are at least so many, for a product of a few queries takes
-    as long as one of more.
-    """
-    sizes: list[int] = []
-    open_ = False
-    for label, num in zip(*(x.tolist() for x in labels.unique_consecutive(return_counts=True)), strict=True):
-        if open_:
-            sizes[-1] += num
-        else:
-            sizes.append(num)
-        open_ = label != -1 and sizes[-1] < least
-    return sizes

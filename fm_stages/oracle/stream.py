@@ -23,6 +23,7 @@ from torch import Tensor
 from fm_stages.oracle.bank import NUM_EXTRA, DataBank
 from fm_stages.oracle.kernels import Products, products
 from fm_stages.oracle.merge import Partial
+from fm_stages.oracle.selection import Selection
 
 LEAST_LOGIT = -40.0
 """Floor of a logit relative to the peak. Weights below e^-40 = 4e-18 would be lost in float32 sums anyway, and a
@@ -71,43 +72,6 @@ class Pairs:
             torch.cat([nothing, *(part.row for part in parts)]),
             torch.cat([nothing.float(), *(part.logit for part in parts)]),
         )
-
-
-class Selection:
-    """The rows of some labels, one after the other: where they are stored, and whose they are.
-
-    Args:
-        bank: the training set.
-        labels: (B,) of queries, sorted.
-    """
-
-    def __init__(self, bank: DataBank, labels: Tensor) -> None:
-        self.labels = labels.unique_consecutive()
-        slices = [bank.slice_of(label) for label in self.labels.tolist()]
-        self._slice = slices[0]
-        self._index: Tensor | None = None
-        if len(slices) > 1:
-            self._index = torch.cat([torch.arange(each.start, each.stop, device=labels.device) for each in slices])
-            lengths = torch.tensor([each.stop - each.start for each in slices], device=labels.device)
-            self._label_of = self.labels.repeat_interleave(lengths)
-
-    def __len__(self) -> int:
-        return self._slice.stop - self._slice.start if self._index is None else len(self._index)
-
-    def part(self, first: int, last: int) -> slice | Tensor:
-        """Where rows first..last are stored."""
-        if self._index is None:
-            return slice(self._slice.start + first, self._slice.start + last)
-        return self._index[first:last]
-
-    def stored(self, places: Tensor) -> Tensor:
-        """Where some of the rows (P,) are stored."""
-        return places + self._slice.start if self._index is None else self._index[places]
-
-    def mask(self, labels: Tensor, first: int, last: int, logits: Tensor) -> None:
-        """Give rows first..last of another label than the query's (B,) no weight in ``logits`` (B, last - first)."""
-        if self._index is not None:
-            logits.masked_fill_(labels[:, None] != self._label_of[first:last], -torch.inf)
 
 
 class Stream:
