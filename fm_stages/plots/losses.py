@@ -1,16 +1,13 @@
-"""Every figure, made from plain data: nothing here computes anything that a table does not say."""
+"""What the loss is made of, by t, and the gap beside its references."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg", force=False)  # training machines have no screen; a notebook's own choice stays
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from fm_stages.plots.style import shade_stages
 
 COLOURS = {"gap": "#c1440e", "floor": "#9db4c0", "regular": "#253237", "held_out": "#3a7ca5", "wiener": "#6a994e"}
 
@@ -42,18 +39,11 @@ def gap_by_t(
     _loss_parts(left, centre, mean, held_out)
     _gap_and_references(right, centre, mean, sem, boundary, held_out)
     for axes in (left, right):
-        _stages(axes, boundary)
+        shade_stages(axes, boundary)
         axes.set_xlim(0, 1)
         axes.set_xlabel("t   (0 = noise, 1 = data)")
     figure.suptitle(title)
     return figure
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, making its folder; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
 
 
 def _loss_parts(axes: Axes, t: list[float], mean: Mapping, held_out: Mapping | None) -> None:
@@ -90,13 +80,3 @@ def _gap_and_references(
     axes.set_ylabel("distance to the oracle, squared, per value")
     axes.set_title("gap to the oracle velocity (the oracle itself is 0)", pad=16)
     axes.legend(loc="best", fontsize=8)
-
-
-def _stages(axes: Axes, boundary: float) -> None:
-    """Shade navigation and name both stages."""
-    axes.axvspan(0, boundary, color="0.93", zorder=-2)
-    axes.axvline(boundary, color="0.4", lw=0.8)
-    for x, name in ((boundary / 2, "navigation"), ((1 + boundary) / 2, "refinement")):
-        axes.text(
-            x, 1.0, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.35"
-        )

@@ -1,0 +1,6 @@
+"""Every figure, made from plain data: nothing here computes anything that a table does not say."""
+
+from fm_stages.plots.losses import gap_by_t
+from fm_stages.plots.style import save, shade_stages
+
+__all__ = ["gap_by_t", "save", "shade_stages"]
