@@ -9,9 +9,10 @@ from fm_stages.flow.timesteps import (
     ShiftedTimesteps,
     TimestepSampler,
     UniformTimesteps,
+    shift_for_share,
     shift_time,
 )
-from fm_stages.flow.weighting import UniformWeighting, Weighting
+from fm_stages.flow.weighting import StageWeighting, UniformWeighting, Weighting
 
 __all__ = [
     "CosinePath",
@@ -19,6 +20,7 @@ __all__ = [
     "LogitNormalTimesteps",
     "Path",
     "ShiftedTimesteps",
+    "StageWeighting",
     "TimestepSampler",
     "UniformTimesteps",
     "UniformWeighting",
@@ -31,6 +33,7 @@ __all__ = [
     "keyed_normal",
     "keyed_uniform",
     "sample",
+    "shift_for_share",
     "shift_time",
     "stratified_uniform",
     "time_grid",

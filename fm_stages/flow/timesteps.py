@@ -124,3 +124,26 @@ class ShiftedTimesteps(TimestepSampler):
         inverse = 1 / self.shift
         jacobian = math.log(inverse) - 2 * torch.log(t + inverse * (1 - t))  # log of d(unshifted t) / dt
         return self.base.log_prob(shift_time(t, inverse)) + jacobian
+
+
+def shift_for_share(share: float, time: float, base: TimestepSampler | None = None) -> float:
+    """The shift s with which ``share`` of the draws fall before ``time``; of a time grid, that share of the steps.
+
+    A draw t of the base becomes t / (t + s (1 - t)), which is below ``time`` where t is below the base's quantile q of
+    the share: s = q (1 - time) / ((1 - q) time). With a uniform base q is the share.
+
+    Args:
+        share: of the draws, in (0, 1).
+        time: in (0, 1).
+        base: the sampler whose draws are shifted; uniform by default.
+
+    Returns:
+        s > 0.
+
+    Raises:
+        ValueError: if share or time is not inside (0, 1).
+    """
+    if not 0 < share < 1 or not 0 < time < 1:
+        raise ValueError(f"no shift puts a share of {share} of the draws before t = {time}: both must lie in (0, 1)")
+    q = (base or UniformTimesteps()).icdf(torch.tensor(share, dtype=torch.float64)).item()
+    return q * (1 - time) / ((1 - q) * time)

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fm_stages.flow import LogitNormalTimesteps, ShiftedTimesteps, UniformTimesteps, keyed_generator, shift_time
+from fm_stages.flow import (
+    LogitNormalTimesteps,
+    ShiftedTimesteps,
+    UniformTimesteps,
+    keyed_generator,
+    shift_for_share,
+    shift_time,
+    time_grid,
+)
 
 LAST = 1 - 2**-24  # the float32 below 1
 
@@ -165,3 +173,28 @@ class TestShift:
     def test_shifted_draws_are_shifted_draws(self):
         u = torch.linspace(0, 0.999, 50)
         torch.testing.assert_close(ShiftedTimesteps(3.0).icdf(u), shift_time(u, 3.0), rtol=1e-6, atol=0)
+
+
+class TestShiftForShare:
+    @pytest.mark.parametrize("share", [0.02, 0.34, 0.5, 0.9])
+    @pytest.mark.parametrize("time", [0.001, 0.1, 0.308, 0.95])
+    @pytest.mark.parametrize(
+        "base", [None, LogitNormalTimesteps(0.4, 1.3), ShiftedTimesteps(2.5)], ids=["uniform", "normal", "shifted"]
+    )
+    def test_that_share_of_the_draws_falls_before_the_time(self, share, time, base):
+        sampler = ShiftedTimesteps(shift_for_share(share, time, base), base)
+        assert sampler.cdf(wide([time])).item() == pytest.approx(share, abs=1e-9)
+
+    def test_the_best_row_of_the_published_sweep(self):
+        """34 % of 50 steps before t = 0.2 (arXiv 2512.02826, Table 2), where its s = 0.5 is 1 / our shift."""
+        shift = shift_for_share(1 / 3, 0.2)
+        assert shift == pytest.approx(2)
+        nodes = time_grid(50, shift)[:-1]
+        assert (nodes < 0.2).float().mean().item() == pytest.approx(0.34)
+
+    @pytest.mark.parametrize(
+        ("share", "time"), [(0, 0.3), (1, 0.3), (math.nan, 0.3), (0.5, 0), (0.5, 1), (0.5, math.nan)]
+    )
+    def test_refuses_what_no_shift_can_do(self, share, time):
+        with pytest.raises(ValueError, match="no shift"):
+            shift_for_share(share, time)
