@@ -52,10 +52,8 @@ class StageWeighting(Weighting):
     ) -> None:
         if not 0 < boundary < 1 or not width > 0:
             raise ValueError(f"boundary={boundary} must lie in (0, 1) and width={width} be positive")
-        if not min(navigation, refinement) >= 0 or not 0 < max(navigation, refinement) < math.inf:
-            raise ValueError(
-                f"navigation={navigation} and refinement={refinement} are weights: not negative, not both 0"
-            )
+        if not all(0 <= weight < math.inf for weight in (navigation, refinement)) or navigation == refinement == 0:
+            raise ValueError(f"navigation={navigation} and refinement={refinement} must be 0 or more, and not both 0")
         self.boundary, self.navigation, self.refinement, self.width = boundary, navigation, refinement, width
         u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
         self._mean = self._unscaled((timesteps or UniformTimesteps()).icdf(u)).mean().item()
