@@ -7,12 +7,13 @@ from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedO
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, oracle_of
 from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank, rows_per_query
-from fm_stages.oracle.profile import StageProfile
+from fm_stages.oracle.profile import THRESHOLDS, StageCurves, StageProfile
 from fm_stages.oracle.ranks import together
 from fm_stages.oracle.skipping import measure_nearest
 from fm_stages.oracle.wiener import Wiener, linear_reference
 
 __all__ = [
+    "THRESHOLDS",
     "BankPlan",
     "ClassBanks",
     "Curves",
@@ -23,6 +24,7 @@ __all__ = [
     "Oracle",
     "Posterior",
     "SharedBatchOracle",
+    "StageCurves",
     "StageProfile",
     "TemperedOracle",
     "TimestepCurves",

@@ -3,155 +3,287 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fm_stages.flow import keyed_generator, keyed_normal
-from fm_stages.oracle.exact import Oracle, Posterior
+from fm_stages.flow import TimestepSampler, UniformTimesteps, keyed_generator
+from fm_stages.oracle.draws import Draws, first_reaching, measure_draws, weighted_median
+from fm_stages.oracle.exact import Oracle
 
-THRESHOLDS = (0.1, 0.5, 0.9)
-"""Median top1 at which navigation ends, at the boundary, and at which refinement is complete."""
+THRESHOLDS = {"navigation_end": 0.1, "boundary": 0.5, "refinement_complete": 0.9}
+"""Median top1 at which each of the three times is reached."""
+
+NUM_BOOTSTRAP = 200
+"""Resamplings of the draws behind standard errors of medians."""
+
+GUIDED = 6.0
+"""The guidance interval ends at this many times the boundary: an empirical rule, from arXiv 2512.02826, Table 3, where
+guidance on [0.1, 0.6] is best and the boundary lies near 0.1."""
+
+CURVES = ("top1", "top1_median", "ess", "entropy", "own", "floor")
+"""Names of the lists over t."""
+
+KINDS = ("unconditional", "conditional")
+"""Of queries."""
 
 
-@dataclass
-class StageProfile:
-    """The posterior over t, and the three times that it is summed up in. A property of the data, not of a model.
+@dataclass(kw_only=True)
+class StageCurves:
+    """Statistics of the posterior over t, and the three times that they are summed up in.
 
     Attributes:
         navigation_end: t at which the median top1 over queries reaches 0.1.
         boundary: t at which it first reaches 0.5.
         refinement_complete: t at which it reaches 0.9.
-        t: (T) the times measured, increasing.
         top1: (T) mean largest weight.
         top1_median: (T) median largest weight.
         ess: (T) median effective number of rows.
+        entropy: (T) mean entropy of the weights, in nats.
+        own: (T) mean weight of the row that a query was made from; as the mean of sum_i g_i^2, which it equals.
         floor: (T) mean floor, per value.
-        num_rows: rows of the bank.
-        num_queries: queries per time.
-        label_dropout: share of unconditional queries; 1 for a bank without labels.
-        path: class name of the path.
+        sem: standard errors of the curves, by name (T).
+        time_sem: standard errors of the three times, by name.
     """
 
     navigation_end: float
     boundary: float
     refinement_complete: float
-    t: list[float]
     top1: list[float]
     top1_median: list[float]
     ess: list[float]
+    entropy: list[float]
+    own: list[float]
     floor: list[float]
+    sem: dict[str, list[float]]
+    time_sem: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class StageProfile(StageCurves):
+    """The stages for the mix of labelled and unlabelled queries that a network sees. A property of the data.
+
+    Attributes:
+        t: (T) the times measured, increasing.
+        num_rows: rows of the bank.
+        num_distinct: rows that differ.
+        num_dims: values per row.
+        rms_norm: root mean square norm of the rows, which tells other data apart.
+        num_queries: queries per time.
+        label_dropout: share of unconditional queries; 1 for a bank without labels.
+        path: class name of the path.
+        unconditional: of queries without labels alone, if they were measured.
+        conditional: of queries with labels alone, if they were measured.
+        guidance: (T) E||u*_c - u*||^2 / D, what the label adds, if both were measured.
+        guidance_sem: (T) its standard errors.
+    """
+
+    t: list[float]
     num_rows: int
+    num_distinct: int
+    num_dims: int
+    rms_norm: float
     num_queries: int
     label_dropout: float
     path: str
+    unconditional: StageCurves | None = None
+    conditional: StageCurves | None = None
+    guidance: list[float] | None = None
+    guidance_sem: list[float] | None = None
 
     @classmethod
     def measure(
-        cls, oracle: Oracle, label_dropout: float = 1.0, num_queries: int = 256, seed: int = 0, num_times: int = 17
+        cls,
+        oracle: Oracle,
+        label_dropout: float = 1.0,
+        num_queries: int = 256,
+        seed: int = 0,
+        num_times: int = 32,
+        by_label: bool = False,
+        progress: bool = False,
     ) -> StageProfile:
-        """Measure on a grid even in logit(t), then bisect for the three times, on common draws of data and noise.
+        """Measure on common draws of data and noise, at times that gather where the posterior changes.
 
         Args:
-            oracle: of the training set.
+            oracle: of the training set. If its bank is sharded, each rank asks for a part of the draws.
             label_dropout: share of queries that are unconditional, as the network sees them; 1 = all.
-            num_queries: draws per time; the boundary's error falls with its root.
+            num_queries: draws per time; standard errors fall with its root (of top1 below 0.02 from some 500 on).
             seed: of the draws.
-            num_times: size of the grid.
+            num_times: number of times.
+            by_label: whether to ask every query with and without its label, and so to measure both kinds and what
+                guidance adds. Costs a pass over the whole bank for all of them.
+            progress: whether to show a progress bar.
 
         Returns:
             The profile.
         """
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a share in [0, 1], got {label_dropout}")
-        if num_queries < 1 or num_times < 2:
-            raise ValueError(f"num_queries={num_queries} must be 1 or more and num_times={num_times} 2 or more")
+        if num_queries < 1 or num_times < 3:
+            raise ValueError(f"num_queries={num_queries} must be 1 or more and num_times={num_times} 3 or more")
         bank = oracle.bank
         if not bank.has_labels:
             label_dropout = 1.0
         generator = keyed_generator("profile", seed)
         index = torch.randint(bank.num_rows, (num_queries,), generator=generator)
         kept = torch.rand(num_queries, generator=generator) >= label_dropout
-        x1 = bank.draw(index, keyed_generator("profile draws", seed))
-        labels = torch.where(kept.to(bank.device), bank.labels_of(index), -1)
-        x0 = keyed_normal(("profile noise", seed), torch.arange(num_queries), bank.shape).to(bank.device)
-
-        measured: dict[float, dict[str, float]] = {}
-
-        def measure_at(time: float) -> float:
-            if time not in measured:
-                measured[time] = _statistics(oracle, x0, x1, time, labels)
-            return measured[time]["top1_median"]
-
-        grid = torch.sigmoid(torch.linspace(-5, 5, num_times, dtype=torch.float64)).tolist()
-        navigation_end, boundary, complete = (_first_reaching(level, measure_at, grid) for level in THRESHOLDS)
-        for time in grid:
-            measure_at(time)
-        times = sorted(measured)
+        own = bank.labels_of(index)
+        none = torch.full_like(own, -1)
+        if by_label and bank.has_labels:
+            share = dict(zip(KINDS, (label_dropout, 1 - label_dropout), strict=True))
+            labels = dict(zip(KINDS, (none, own), strict=True))
+        else:
+            share, labels = {"mix": 1.0}, {"mix": torch.where(kept.to(own.device), own, none)}
+        draws = measure_draws(oracle, labels, index, seed, num_times, progress)
+        counts = _bootstrap_counts(num_queries, seed)
+        alone = {kind: StageCurves(**_curves(draws, {kind: 1.0}, counts)) for kind in share}
         return cls(
-            navigation_end=navigation_end,
-            boundary=boundary,
-            refinement_complete=complete,
-            t=times,
-            top1=[measured[time]["top1"] for time in times],
-            top1_median=[measured[time]["top1_median"] for time in times],
-            ess=[measured[time]["ess"] for time in times],
-            floor=[measured[time]["floor"] for time in times],
+            **_curves(draws, share, counts),
+            unconditional=alone.get("unconditional"),
+            conditional=alone.get("conditional"),
+            t=draws.t,
             num_rows=bank.num_rows,
+            num_distinct=bank.num_distinct,
+            num_dims=bank.num_dims,
+            rms_norm=bank.rms_norm,
             num_queries=num_queries,
             label_dropout=label_dropout,
             path=type(oracle.path).__name__,
+            guidance=None if draws.guidance is None else draws.guidance.mean(1).tolist(),
+            guidance_sem=None if draws.guidance is None else _sem(draws.guidance).tolist(),
         )
+
+    def expected_floor(
+        self, timesteps: TimestepSampler | None = None, start: float = 0.0, end: float = 1.0
+    ) -> tuple[float, float]:
+        """What the regular loss cannot go below when t is drawn from a density, within [start, end].
+
+        Args:
+            timesteps: the density; None: uniform.
+            start: only draws from here on count.
+            end: only draws up to here count.
+
+        Returns:
+            Mean floor of those draws, per value, and a bound on its standard error (the queries are common to all
+            times, so errors are added up and not averaged out).
+
+        Raises:
+            ValueError: if the density has no draws there.
+        """
+        u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+        t = (timesteps or UniformTimesteps()).icdf(u)
+        inside = t[(t >= start) & (t <= end)].numpy()
+        if not len(inside):
+            raise ValueError(f"the density has no draws in [{start:.4g}, {end:.4g}]")
+        floor, error = (np.interp(inside, self.t, values).mean() for values in (self.floor, self.sem["floor"]))
+        return float(floor), float(error)
+
+    def guidance_interval(self) -> tuple[float, float]:
+        """Where to guide: from the end of navigation to `GUIDED` times the boundary, in our t. An empirical rule.
+
+        It cannot be read off ``guidance``: that is largest at t = 0.
+        """
+        return self.navigation_end, min(1.0, GUIDED * self.boundary)
 
     def to_json(self) -> str:
         """The profile as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file, making its folder."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(self.to_json() + "\n")
 
     @classmethod
     def from_json(cls, text: str) -> StageProfile:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: if the text is not a profile.
+            ValueError: if the text is not a profile, or its parts do not fit together.
         """
         try:
-            return cls(**json.loads(text))
-        except (json.JSONDecodeError, TypeError) as error:
+            profile = cls(**_with_parts(json.loads(text)))
+            profile.check()
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"not a stage profile: {error}") from error
+        return profile
+
+    @classmethod
+    def load(cls, path: str | Path) -> StageProfile:
+        """Read the file of a profile.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it holds something else.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}; `fm-stages profile` writes one") from error
+
+    def check(self) -> None:
+        """Raise a ValueError unless times increase, curves are as long as they, and all are numbers."""
+        if len(self.t) < 2 or any(b <= a for a, b in zip(self.t, self.t[1:], strict=False)):
+            raise ValueError("t is not a list of increasing times")
+        for name in THRESHOLDS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a time in [0, 1]")
+        for curves in filter(None, (self, self.unconditional, self.conditional)):
+            for name in CURVES:
+                for values in (getattr(curves, name), curves.sem.get(name, [])):
+                    if len(values) != len(self.t) or not np.isfinite(values).all():
+                        raise ValueError(f"{name} does not hold one number for each of {len(self.t)} times")
 
 
-def _statistics(oracle: Oracle, x0: Tensor, x1: Tensor, time: float, labels: Tensor) -> dict[str, float]:
-    t = torch.full((len(x1),), time, dtype=torch.float32, device=x1.device)
-    posterior: Posterior = oracle.posterior(oracle.path.interpolate(x0, x1, t), t, labels)
-    scale = oracle.path.mean_coefficient(t.double()).square() / oracle.bank.num_dims
-    return {
-        "top1": posterior.top1.mean().item(),
-        "top1_median": posterior.top1.median().item(),
-        "ess": posterior.ess.median().item(),
-        "floor": (scale * posterior.variance).mean().item(),
+def _curves(draws: Draws, share: dict[str, float], counts: Tensor) -> dict[str, Any]:
+    """Fields of `StageCurves` for a mix of kinds of queries."""
+    values = {
+        name: torch.stack([weight * draws.values[kind][name] for kind, weight in share.items()]).sum(0)
+        for name in ("top1", "entropy", "own", "floor")
     }
+    means = {name: x.mean(1).tolist() for name, x in values.items()}
+    sem = {name: _sem(x).tolist() for name, x in values.items()}
+    weight = torch.cat([of_kind * counts for of_kind in share.values()], 1)  # (1 + R, kinds Q)
+    medians = {
+        name: weighted_median(torch.cat([draws.values[kind][name] for kind in share], 1), weight)
+        for name in ("top1", "ess")
+    }  # (1 + R, T)
+    for name, x in (("top1_median", medians["top1"]), ("ess", medians["ess"])):
+        means[name], sem[name] = x[0].tolist(), x[1:].std(0).tolist()
+    t = torch.tensor(draws.t, dtype=torch.float64)
+    reached = {name: first_reaching(level, t, medians["top1"]) for name, level in THRESHOLDS.items()}  # (1 + R) each
+    times = {name: x[0].item() for name, x in reached.items()}
+    return {**times, **means, "sem": sem, "time_sem": {name: x[1:].std().item() for name, x in reached.items()}}
 
 
-def _first_reaching(threshold: float, top1_at: Callable[[float], float], grid: list[float]) -> float:
-    """First time at which median top1 reaches the threshold: a bracket from the grid, then bisection in logit(t).
+def _bootstrap_counts(num_queries: int, seed: int) -> Tensor:
+    """How often each query counts, (1 + R, Q): once, and in each resampling."""
+    generator = keyed_generator("profile bootstrap", seed)
+    chosen = torch.randint(num_queries, (NUM_BOOTSTRAP, num_queries), generator=generator)
+    counts = torch.ones(1 + NUM_BOOTSTRAP, num_queries, dtype=torch.float64)
+    counts[1:] = 0
+    counts[1:].scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+    return counts
 
-    At t = 1 the posterior of distinct rows has always collapsed, so a data set that has not by the end of the grid
-    reaches the threshold there; one that starts above it (a single row) reached it at 0.
-    """
-    low = 0.0
-    for high in grid:
-        if top1_at(high) >= threshold:
-            break
-        low = high
-    else:
-        return 1.0
-    if low == 0.0:
-        return 0.0
-    for _ in range(6):  # a step of the grid is 0.6 in logit(t): 0.01 is left, under 0.0025 in t
-        lo, hi = math.log(low / (1 - low)), math.log(high / (1 - high))
-        middle = 1 / (1 + math.exp(-(lo + hi) / 2))
-        low, high = (low, middle) if top1_at(middle) >= threshold else (middle, high)
-    return high
+
+def _sem(values: Tensor) -> Tensor:
+    """Standard errors of means over queries (T, Q): (T); 0 for a single query, which has no spread to tell it from."""
+    return values.std(1) / values.shape[1] ** 0.5 if values.shape[1] > 1 else torch.zeros(len(values))
+
+
+def _with_parts(plain: dict[str, Any]) -> dict[str, Any]:
+    """Read JSON with the two kinds of queries as curves."""
+    if not isinstance(plain, dict):
+        raise TypeError(f"a {type(plain).__name__}, not an object")
+    known = {f.name for f in fields(StageCurves)}
+    parts = {}
+    for kind in KINDS:
+        if plain.get(kind) is not None:
+            if set(plain[kind]) != known:
+                raise TypeError(f"{kind} holds other keys than {sorted(known)}")
+            parts[kind] = StageCurves(**plain[kind])
+    return {**plain, **parts}

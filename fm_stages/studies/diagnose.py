@@ -162,7 +162,7 @@ def diagnose_command(arguments: list[str] | None = None) -> None:
         module.to("cuda" if torch.cuda.is_available() else "cpu")
         train, held_out, profile = diagnose(module, module.network, data, options.num_samples, options.seed)
         print(f"\n{weights} weights of {options.ckpt}, step {checkpoint.get('global_step')}\n")
-        print(report(train, {"": held_out}, profile, weights))
+        print(report(train, {"": held_out}, profile.boundary, weights))
         _write(out / weights.lower(), train, held_out, profile, f"{weights} weights, step {checkpoint['global_step']}")
     print(f"\nTables and figures: {out}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fm_stages import plots
 from fm_stages.flow import Path
 from fm_stages.oracle import (
+    THRESHOLDS,
     Curves,
     DataBank,
     Oracle,
@@ -29,7 +30,15 @@ from fm_stages.training.checks import check_first_batch, check_num_rows, outputs
 from fm_stages.training.flops import step_flops
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.loggers import log_curves, log_figure, log_metrics, run_folder
-from fm_stages.training.report import closed, report
+from fm_stages.training.report import held_out_metrics, report, train_metrics
+from fm_stages.training.stages import (
+    check_label_dropout,
+    describe_stages,
+    expected_floors,
+    label_dropout_of,
+    measure_profile,
+    read_profile,
+)
 
 QUANTITIES = ("regular", "gap", "floor", "residual", "identity", "top1", "ess", "zero", "wiener")
 
@@ -55,6 +64,10 @@ class OracleMonitor(L.Callback):
         path: between noise and data, if the module does not say.
         label_dropout: share of training samples that the network sees without a label; None: the module's attribute of
             that name, or else the share in the first batch. It decides where the stages lie.
+        profile: file that ``fm-stages profile`` wrote for this data and path; None: the stages are measured.
+
+    Raises:
+        ValueError: if a number lies outside its range.
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class OracleMonitor(L.Callback):
         bank: DataBank | None = None,
         path: Path | None = None,
         label_dropout: float | None = None,
+        profile: str | None = None,
     ) -> None:
         if every_n_steps < 1 or window < 1:
             raise ValueError(f"every_n_steps={every_n_steps} and window={window} must be 1 or more")
@@ -75,6 +89,7 @@ class OracleMonitor(L.Callback):
         self.bank = bank
         self.path = path
         self.label_dropout = label_dropout
+        self.profile_file = profile
         self.wiener: Wiener | None = None
         self.profile: StageProfile | None = None
         self.train: Curves | None = None
@@ -87,6 +102,8 @@ class OracleMonitor(L.Callback):
         self._checked = self._alarming = self._measuring = False
         self._measured = self._last_step = self._logged_step = 0
         self._oracle_sec = self._window_start = 0.0
+        self._share: float | None = None  # of unlabelled samples that the profile is for, once it is known
+        self._floors: dict[str, float] = {}
 
     @property
     def oracle(self) -> Oracle:
@@ -114,36 +131,30 @@ class OracleMonitor(L.Callback):
                 )
             bank = datamodule.bank()
         if self._oracle is None or self._oracle.bank is not bank or self._oracle.path is not path:
-            self.profile = self.wiener = None  # of other data
+            self.profile = self.wiener = self._share = None  # of other data
         self._oracle = oracle_of(bank, path)
+        if self.profile is None and self.profile_file is not None:
+            self.profile = read_profile(self.profile_file, self._oracle)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, seen: dict[str, Tensor], share: float) -> None:
         """Say what the bank costs, and measure the stages of the data and the linear reference, once."""
         bank = self.oracle.bank.to(pl_module.device)
         flops = step_flops(pl_module, seen["x_t"], seen["t"], seen.get("labels"))
         cost = describe(bank, len(seen["t"]), share, trainer.world_size, flops)
-        rank_zero_info(f"Oracle: {cost} Measuring the stages ...")
-        start = time.perf_counter()
-        # one measurement, equal on all ranks to the last bit; ranks that share a bank measure it together
-        measures = trainer.is_global_zero or bank.group is not None
-        measured = StageProfile.measure(self.oracle, share) if measures else None
-        profile: Any = trainer.strategy.broadcast(measured)
-        self.profile = profile
+        rank_zero_info(f"Oracle: {cost}")
+        if self.profile is not None and self.profile_file is not None:
+            check_label_dropout(self.profile, share, self.profile_file)
+            source = f"read from {self.profile_file}"
+        else:
+            rank_zero_info("Oracle: measuring the stages ...")
+            start = time.perf_counter()
+            self.profile = measure_profile(trainer, self.oracle, share)
+            source = f"measured in {time.perf_counter() - start:.0f} s"
+        self._share = share
         self.wiener = linear_reference(bank, self.oracle.path)
-        rank_zero_info(
-            f"Oracle: navigation ends at t = {profile.navigation_end:.3f}, boundary {profile.boundary:.3f}, "
-            f"refinement complete at {profile.refinement_complete:.3f} ({time.perf_counter() - start:.0f} s)."
-        )
-
-    def _label_dropout(self, trainer: L.Trainer, pl_module: L.LightningModule, labels: Tensor | None) -> float:
-        """Share of samples without label: as told; or 1 if a batch (B,) has none; or the module's; or the batch's."""
-        if not self.oracle.bank.has_labels:
-            return 1.0
-        if self.label_dropout is not None:
-            return self.label_dropout
-        share = 1.0 if labels is None else (labels == -1).float().mean()
-        seen = float(trainer.strategy.reduce(torch.as_tensor(share, device=pl_module.device), reduce_op="mean"))
-        return seen if seen == 1.0 else getattr(pl_module, "label_dropout", seen)
+        density = getattr(pl_module, "timesteps", None)
+        self._floors = {name: floor for name, (floor, _) in expected_floors(self.profile, density).items()}
+        rank_zero_info(f"Oracle: stages {source}: {describe_stages(self.profile, density)}")
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -198,8 +209,8 @@ class OracleMonitor(L.Callback):
         self.oracle.bank.to(pl_module.device)
         check_first_batch(self.oracle, seen)
         self._checked = True
-        share = self._label_dropout(trainer, pl_module, seen.get("labels"))
-        if self.profile is None or self.profile.label_dropout != share:
+        share = label_dropout_of(trainer, pl_module, self.oracle, self.label_dropout, seen.get("labels"))
+        if self._share != share:
             self._prepare(trainer, pl_module, seen, share)
         self._open_window(pl_module)
 
@@ -216,7 +227,8 @@ class OracleMonitor(L.Callback):
         start = _clock(pl_module.device)
         assert self._sums is not None
         self.train = self._sums.compute()  # on every rank: the sums are reduced
-        metrics = self._train_metrics(self.train)
+        assert self.profile is not None
+        metrics = {**train_metrics(self.train, self.profile.boundary), **self._stages(self.profile)}
         metrics["oracle/share"] = self._oracle_sec / max(start - self._window_start, 1e-9)
         shift = getattr(getattr(pl_module, "timesteps", None), "shift", None)
         if shift is not None:
@@ -231,22 +243,9 @@ class OracleMonitor(L.Callback):
         self._logged_step = trainer.global_step
         return metrics["oracle/gap"]
 
-    def _train_metrics(self, curves: Curves) -> dict[str, float]:
-        profile = self.profile
-        assert profile is not None
-        b = profile.boundary
-        return {
-            **{f"oracle/{name}": curves.average(name) for name in ("regular", "gap", "floor", "top1", "ess")},
-            "oracle/gap_sem": curves.average_sem("gap"),
-            "oracle/gap_navigation": curves.average("gap", 0, b),
-            "oracle/gap_refinement": curves.average("gap", b, 1),
-            "oracle/closed": closed(curves, b),
-            "oracle/identity_z": curves.z_score("identity"),
-            "oracle/coverage": curves.coverage(),
-            "stages/boundary": b,
-            "stages/navigation_end": profile.navigation_end,
-            "stages/refinement_complete": profile.refinement_complete,
-        }
+    def _stages(self, profile: StageProfile) -> dict[str, float]:
+        times = {f"stages/{name}": getattr(profile, name) for name in THRESHOLDS}
+        return {**times, **self._floors}
 
     def _test_identity(self, z: float) -> None:
         """Warn when regular = gap + floor fails beyond chance in two windows running."""
@@ -279,8 +278,9 @@ class OracleMonitor(L.Callback):
         if not self._measuring or not isinstance(outputs, dict) or "prediction" not in outputs:
             return
         seen = outputs_of(outputs, pl_module)
-        if self.profile is None:  # `validate` without a fit
-            self._prepare(trainer, pl_module, seen, self._label_dropout(trainer, pl_module, seen.get("labels")))
+        if self._share is None:  # `validate` without a fit
+            share = label_dropout_of(trainer, pl_module, self.oracle, self.label_dropout, seen.get("labels"))
+            self._prepare(trainer, pl_module, seen, share)
         assert self.profile is not None
         if self._held_out_sums is None:
             edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
@@ -293,13 +293,9 @@ class OracleMonitor(L.Callback):
             return
         self.held_out = self._held_out_sums.compute()
         self._held_out_sums = None
-        b = self.profile.boundary
-        metrics = {}
+        metrics: dict[str, float] = {}
         for suffix, curves in self.held_out.items():
-            metrics[f"oracle_val/regular{suffix}"] = curves.average("regular")
-            metrics[f"oracle_val/regular_refinement{suffix}"] = curves.average("regular", b, 1)
-            metrics[f"oracle_val/gap_navigation{suffix}"] = curves.average("gap", 0, b)
-            metrics[f"oracle_val/closed{suffix}"] = closed(curves, b)
+            metrics |= held_out_metrics(curves, self.profile.boundary, suffix)
             log_curves(trainer, f"oracle_val/gap_by_t{suffix}", curves)
         log_metrics(trainer, metrics)
         if trainer.state.fn == "validate":
@@ -330,7 +326,7 @@ class OracleMonitor(L.Callback):
             return
         if self.train is not None:
             self._draw(trainer)  # with the newest held-out curve
-        print("\n" + report(self.train, self.held_out, self.profile))
+        print("\n" + report(self.train, self.held_out, self.profile.boundary))
         if self.train is not None:
             print(f"\nTraining rows: mean of the last window of measurements, which ended at step {self._logged_step}.")
         checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)

@@ -1,10 +1,10 @@
-"""What a run found, in words that a newcomer understands."""
+"""What a run found: as numbers for a logger, and in words that a newcomer understands."""
 
 from __future__ import annotations
 
 import math
 
-from fm_stages.oracle import Curves, StageProfile
+from fm_stages.oracle import Curves
 
 MEANING = {
     "regular": "the loss that everybody logs: gap + floor",
@@ -19,19 +19,42 @@ def closed(curves: Curves, boundary: float) -> float:
     return 1 - curves.average("gap", 0, boundary) / curves.average("wiener", 0, boundary)
 
 
-def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProfile, weights: str = "raw") -> str:
+def train_metrics(curves: Curves, b: float) -> dict[str, float]:
+    """Scalars of a window of measurements, by logged name; b is the boundary."""
+    return {
+        **{f"oracle/{name}": curves.average(name) for name in ("regular", "gap", "floor", "top1", "ess")},
+        "oracle/gap_sem": curves.average_sem("gap"),
+        "oracle/gap_navigation": curves.average("gap", 0, b),
+        "oracle/gap_refinement": curves.average("gap", b, 1),
+        "oracle/closed": closed(curves, b),
+        "oracle/identity_z": curves.z_score("identity"),
+        "oracle/coverage": curves.coverage(),
+    }
+
+
+def held_out_metrics(curves: Curves, b: float, suffix: str) -> dict[str, float]:
+    """Scalars of a validation, by logged name with the suffix of the weights; b is the boundary."""
+    return {
+        f"oracle_val/regular{suffix}": curves.average("regular"),
+        f"oracle_val/regular_refinement{suffix}": curves.average("regular", b, 1),
+        f"oracle_val/gap_navigation{suffix}": curves.average("gap", 0, b),
+        f"oracle_val/closed{suffix}": closed(curves, b),
+    }
+
+
+def report(train: Curves | None, held_out: dict[str, Curves], boundary: float, weights: str = "raw") -> str:
     """A short table: regular, gap, floor and closed by stage, on training and held-out inputs, and a sentence on each.
 
     Args:
         train: of training inputs (regular, gap, floor, wiener); None if none were measured.
         held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only) by the suffix of the weights.
-        profile: says where the stages lie.
+        boundary: between the stages.
         weights: which weights the numbers without a suffix are of.
 
     Returns:
         Text of several lines.
     """
-    b = profile.boundary
+    b = boundary
     lines = [
         f"Stages of this data: navigation t < {b:.3f} (the oracle mixes many samples), refinement after it "
         "(the oracle is one sample).",
@@ -50,7 +73,7 @@ def report(train: Curves | None, held_out: dict[str, Curves], profile: StageProf
             kind = f"held-out{suffix.replace('_ema', ' EMA')}, {name}"
             lines.append(_row(kind, [curves.average("regular", lo, hi), gap, math.nan, part]))
     lines += ["", *(f"  {key:8} {text}" for key, text in MEANING.items())]
-    return "\n".join([*lines, "", *_sentences(train, held_out.get(""), profile)])
+    return "\n".join([*lines, "", *_sentences(train, held_out.get(""), b)])
 
 
 def _row(name: str, values: list[float]) -> str:
@@ -59,9 +82,8 @@ def _row(name: str, values: list[float]) -> str:
     return f"{name:26}" + "".join(f"{cell:>10}" for cell in cells)
 
 
-def _sentences(train: Curves | None, held_out: Curves | None, profile: StageProfile) -> list[str]:
-    """One sentence for each stage."""
-    b = profile.boundary
+def _sentences(train: Curves | None, held_out: Curves | None, b: float) -> list[str]:
+    """One sentence for each stage, before and after the boundary b."""
     sentences = []
     if train is not None and not math.isnan(share_closed := closed(train, b)):
         share = f"{100 * share_closed:.0f} % of the way from the best linear model to the oracle"

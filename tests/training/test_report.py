@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fm_stages.oracle import Curves, StageProfile
+from fm_stages.oracle import Curves
 from fm_stages.training import report
 from fm_stages.training.report import closed
 
@@ -15,12 +15,6 @@ def curves(**mean) -> Curves:
     """Three bins: two of a quarter before t = 0.5, one of a half after it."""
     sem = {name: [0.01] * 3 for name in mean}
     return Curves([0.0, 0.25, 0.5, 1.0], [10, 10, 20], mean, sem)
-
-
-def profile(boundary: float = 0.5) -> StageProfile:
-    stages = {"navigation_end": 0.3, "boundary": boundary, "refinement_complete": 0.7}
-    lists = {name: [] for name in ("t", "top1", "top1_median", "ess", "floor")}
-    return StageProfile(**stages, **lists, num_rows=40, num_queries=256, label_dropout=0.1, path="LinearPath")
 
 
 def training(wiener: float = 1.0) -> Curves:
@@ -51,11 +45,11 @@ class TestTable:
         ],
     )
     def test_rows(self, row, expected):
-        text = report(training(), {"": held_out(), "_ema": held_out()}, profile())
+        text = report(training(), {"": held_out(), "_ema": held_out()}, 0.5)
         assert cells(text, row) == expected
 
     def test_says_where_the_stages_lie_and_whose_weights(self):
-        text = report(training(), {}, profile(), "EMA")
+        text = report(training(), {}, 0.5, "EMA")
         assert "navigation t < 0.500" in text
         assert "of the EMA weights" in text
         assert all(f"  {name:8} " in text for name in ("regular", "gap", "floor", "closed"))
@@ -64,7 +58,7 @@ class TestTable:
         text = report(
             curves(regular=[NAN, 0.8, 0.6], gap=[NAN, 0.2, 0.5], floor=[NAN, 0.6, 0.1], wiener=[NAN, 0.4, 0.7]),
             {},
-            profile(),
+            0.5,
         )
         assert cells(text, "training, navigation") == ["0.8000", "0.2000", "0.6000", "50 %"]
         assert cells(text, "training, all t")[0] == "0.6667"  # (0.25 * 0.8 + 0.5 * 0.6) / 0.75
@@ -72,7 +66,7 @@ class TestTable:
 
 class TestSentences:
     def test_percentages(self):
-        text = report(training(), {"": held_out()}, profile())
+        text = report(training(), {"": held_out()}, 0.5)
         assert (
             "navigation: 70 % of the way from the best linear model to the oracle; 67 % of its regular loss is floor"
             in text
@@ -81,17 +75,17 @@ class TestSentences:
 
     def test_a_falling_held_out_loss(self):
         better = curves(regular=[1.0, 1.0, 0.54], gap=[0.4, 0.4, NAN], wiener=[1.0, 1.0, NAN])
-        assert "(-10 %)" in report(training(), {"": better}, profile())
+        assert "(-10 %)" in report(training(), {"": better}, 0.5)
 
     def test_worse_than_the_linear_model_is_said_in_words(self):
-        text = report(training(wiener=0.2), {}, profile())
+        text = report(training(wiener=0.2), {}, 0.5)
         assert cells(text, "training, navigation")[3] == "-50 %"
         assert "not yet as good as the best linear model (gap 0.3000 against 0.2000)" in text
         assert "-50 % of the way" not in text
 
     def test_without_training_there_are_none(self):
         """As after `validate`."""
-        text = report(None, {"": held_out()}, profile())
+        text = report(None, {"": held_out()}, 0.5)
         assert "training, " not in text
         assert "navigation: " not in text
         assert "refinement: " not in text
@@ -100,7 +94,7 @@ class TestSentences:
     @pytest.mark.parametrize("wiener", [1.0, NAN])
     def test_nothing_is_not_a_number(self, boundary, wiener):
         """A stage that is empty, and rows that are too long for a linear reference."""
-        text = report(training(wiener), {"": held_out(), "_ema": held_out()}, profile(boundary))
+        text = report(training(wiener), {"": held_out(), "_ema": held_out()}, boundary)
         assert "nan" not in text.lower()
 
 

@@ -1,0 +1,105 @@
+"""The stage profile of a run: measured, or read from the file of an earlier measurement, and what it promises."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fm_stages.flow import TimestepSampler
+from fm_stages.oracle import Oracle, StageProfile
+
+
+def read_profile(file: str | Path, oracle: Oracle) -> StageProfile:
+    """The profile in a file, if it is one of this bank and path.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it holds no profile, or that of other data; with what differs.
+    """
+    profile = StageProfile.load(file)
+    bank = oracle.bank
+    for name, there, here in (
+        ("rows", profile.num_rows, bank.num_rows),
+        ("values per row", profile.num_dims, bank.num_dims),
+        ("path", profile.path, type(oracle.path).__name__),
+    ):
+        if there != here:
+            raise ValueError(_other_data(file, f"{name}: {there} there, {here} here"))
+    if not math.isclose(profile.rms_norm, bank.rms_norm, rel_tol=1e-4):
+        raise ValueError(
+            _other_data(file, f"root mean square norm of a row: {profile.rms_norm:.6g} there, {bank.rms_norm:.6g} here")
+        )
+    return profile
+
+
+def check_label_dropout(profile: StageProfile, share: float, file: str | Path) -> None:
+    """Refuse a profile read from a file whose mix of labels is not the one that the network sees.
+
+    Raises:
+        ValueError: with both shares.
+    """
+    if abs(profile.label_dropout - share) > 0.01:  # a share may have been counted in one batch
+        raise ValueError(
+            _other_data(file, f"share of unlabelled queries: {profile.label_dropout:.3g} there, {share:.3g} here")
+        )
+
+
+def measure_profile(trainer: L.Trainer, oracle: Oracle, share: float) -> StageProfile:
+    """One measurement, equal on all ranks to the last bit; ranks that share a bank make it together."""
+    measures = trainer.is_global_zero or oracle.bank.group is not None
+    profile: Any = StageProfile.measure(oracle, share) if measures else None
+    return trainer.strategy.broadcast(profile)
+
+
+def label_dropout_of(
+    trainer: L.Trainer, pl_module: L.LightningModule, oracle: Oracle, told: float | None, labels: Tensor | None
+) -> float:
+    """Share of samples without label: as told; or 1 if a batch (B,) has none; or the module's; or the batch's."""
+    if not oracle.bank.has_labels:
+        return 1.0
+    if told is not None:
+        return told
+    share = 1.0 if labels is None else (labels == -1).float().mean()
+    seen = float(trainer.strategy.reduce(torch.as_tensor(share, device=pl_module.device), reduce_op="mean"))
+    return seen if seen == 1.0 else getattr(pl_module, "label_dropout", seen)
+
+
+def describe_stages(profile: StageProfile, timesteps: TimestepSampler | None) -> str:
+    """Where the stages lie, and what the regular loss of a run cannot go below."""
+    text = (
+        f"navigation ends at t = {profile.navigation_end:.3f}, boundary {profile.boundary:.3f}, "
+        f"refinement complete at {profile.refinement_complete:.3f}."
+    )
+    floors = expected_floors(profile, timesteps)
+    floor, error = floors["stages/floor"]
+    text += f" With t as this run draws it the regular loss cannot go below {floor:.4f} ± {error:.4f} on average"
+    if "stages/floor_navigation" in floors:
+        floor, error = floors["stages/floor_navigation"]
+        text += f", before the boundary not below {floor:.4f} ± {error:.4f}"
+    return text + "."
+
+
+def expected_floors(profile: StageProfile, timesteps: TimestepSampler | None) -> dict[str, tuple[float, float]]:
+    """The floor, and that before the boundary if t is drawn there, with standard errors, by logged name."""
+    floors = {"stages/floor": profile.expected_floor(timesteps)}
+    if draws_before(profile.boundary, timesteps):
+        floors["stages/floor_navigation"] = profile.expected_floor(timesteps, 0.0, profile.boundary)
+    return floors
+
+
+def draws_before(time: float, timesteps: TimestepSampler | None) -> bool:
+    """Whether a density (None: uniform) has draws to speak of before a time."""
+    t = torch.tensor([time], dtype=torch.float64)
+    return (t if timesteps is None else timesteps.cdf(t)).item() > 1e-3
+
+
+def _other_data(file: str | Path, difference: str) -> str:
+    return (
+        f"the stages in {file} are not those of this run's data ({difference}): measure them with `fm-stages profile` "
+        "of this run's config, or leave monitor.profile out"
+    )
