@@ -372,3 +372,26 @@ def test_labels_of_any_integer_type(rows, dtype):
     bank = DataBank(rows, labels)
     assert bank.label_counts == {0: 5, 1: 4, 2: 4}
     assert bank.labels_of(torch.arange(13)).tolist() == labels.tolist()
+
+
+class TestSubset:
+    @pytest.mark.parametrize("scale", [2 / 255, torch.full((2, 1, 1), 0.01)], ids=["number", "per channel"])
+    def test_is_the_bank_of_those_rows(self, scale):
+        generator = torch.Generator().manual_seed(0)
+        x1 = torch.randint(256, (40, 2, 3, 3), generator=generator, dtype=torch.uint8)
+        x1[7] = x1[3]  # of another class: another row
+        bank = DataBank(x1, torch.arange(40) % 3, scale, -1.0)
+        index = torch.tensor([3, 7, 39, 0, 3])
+        part = bank.subset(index)
+        assert (part.num_rows, part.num_distinct, part.dtype) == (5, 4, torch.uint8)
+        assert torch.equal(part.rows(torch.arange(5)), bank.rows(index))
+        assert part.labels_of(torch.arange(5)).tolist() == bank.labels_of(index).tolist()
+
+    def test_of_unlabelled_rows(self):
+        part = DataBank(torch.eye(6)).subset(torch.tensor([5, 1]))
+        assert torch.equal(part.rows(torch.arange(2)), torch.eye(6)[[5, 1]])
+        assert not part.has_labels
+
+    def test_refuses_rows_that_are_not_there(self):
+        with pytest.raises((ValueError, IndexError), match="6"):
+            DataBank(torch.eye(6)).subset(torch.tensor([6]))
