@@ -28,7 +28,7 @@ class Shard:
     first: Tensor  # (M,) which of the rank's rows each stored row is, sorted by label
     label: Tensor  # (M,)
     class_count: Tensor  # (M,) float64, copies with the same label
-    total_count: Tensor  # (M,) float64, copies whatever their label; 0 on all but the first of them
+    total_count: Tensor  # (M,) float64, copies whatever their label; 0 where the first has another one
     place: Tensor  # (N,) int32 stored row of each data set index, or -1 where another rank holds it
 
 
@@ -74,9 +74,8 @@ def distinct_rows(flat: Tensor, labels: Tensor | None, group: dist.ProcessGroup 
     pairs, first, stored, class_count = np.unique(
         np.stack([label, image], 1), axis=0, return_index=True, return_inverse=True, return_counts=True
     )
-    images, first_pair = np.unique(pairs[:, 1], return_index=True)
-    total_count = np.zeros(len(pairs))
-    total_count[first_pair] = np.bincount(image, minlength=len(label))[images]
+    # of an image under several labels the pair counts that holds its first row
+    total_count = np.where(first == pairs[:, 1], np.bincount(image)[pairs[:, 1]], 0.0)
     return Distinct(
         offset=sum(sizes[: ranks.rank_of(group)]),
         stored=stored.reshape(-1),
