@@ -54,8 +54,8 @@ class TemperedOracle(Oracle):
         self._path += f" at temperature {temperature:g}"  # ranks must agree on it, too
         self.approximate = None if temperature == 1 else f"tempered posterior, temperature {temperature:g}"
 
-    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = super()._coefficients(t)
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = super().coefficients(t)
         return alpha, sigma * math.sqrt(self.temperature)
 
     def _may_skip(self) -> bool:

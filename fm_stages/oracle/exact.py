@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle import ranks
-from fm_stages.oracle.bank import NUM_EXTRA, DataBank, count_columns
+from fm_stages.oracle.bank import DataBank, count_columns
 from fm_stages.oracle.inputs import check_index, check_tensor
-from fm_stages.oracle.kernels import full_precision
+from fm_stages.oracle.kernels import factors, full_precision
 from fm_stages.oracle.merge import Partial
 from fm_stages.oracle.rescoring import rescore
 from fm_stages.oracle.selection import CPU_GROUP, GPU_GROUP, groups
@@ -254,7 +254,7 @@ class Oracle:
             else:
                 rows = self.bank.rows_of_all(index, sizes) if rows is None else rows
                 rows = rows.reshape(flat.shape)
-                certain = certified(self.bank, flat, rows, *self._coefficients(t), index, self.tolerance)
+                certain = certified(self.bank, flat, rows, *self.coefficients(t), index, self.tolerance)
                 # of another class than its own row's nothing is known
                 certain &= (labels == -1) | (labels == self.bank.labels_of_all(index, sizes))
                 part = Partial.certain(rows)
@@ -287,9 +287,9 @@ class Oracle:
 
     def _of_sorted(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
         """The posterior of queries (B, D) float32 in the order of their labels, over the rows of this rank."""
-        a, s = self._coefficients(t)
+        a, s = self.coefficients(t)
         column = count_columns(labels)
-        query, offset = self._factors(x_t, a, s, column)
+        query, offset = factors(self.bank, x_t, a, s, column)
         sizes = groups(labels, CPU_GROUP if labels.device.type == "cpu" else GPU_GROUP)
         together = zip(*(x.split(sizes) for x in (query, labels, (a >= s)[:, 0])), strict=True)
         streams = [Stream(self.bank, own, label, self.tolerance, late) for own, label, late in together]
@@ -301,28 +301,10 @@ class Oracle:
         part[few] = part[few].merge(rescore(self.bank, x_t[few], a[few], s[few], column[few], place, pairs.row))
         return part
 
-    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (B, 1) of the weights in float64, from the times as they were given."""
         wide = t.double()
         return self.path.alpha(wide)[:, None], self.path.sigma(wide).clamp(min=SMALLEST_SIGMA)[:, None]
-
-    def _factors(self, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """The factor (B, D + NUM_EXTRA) whose product with stored rows gives logits, and what these leave out.
-
-        With r = x_t - a mean and y = x - mean, log g_i = (a / s^2) r . y_i - a^2 / (2 s^2) ||y_i||^2 + log count_i
-        - ||r||^2 / (2 s^2). The last term is the same for all rows, and so is what r . y differs by from the product of
-        r with stored values. Taking the mean out of the query is exact and shrinks the terms that are subtracted:
-        rounding errors fall several-fold.
-        """
-        bank = self.bank
-        away = x_t - a * bank.mean  # float64
-        query = torch.zeros(len(x_t), bank.num_dims + NUM_EXTRA, dtype=torch.float32, device=x_t.device)
-        query[:, : bank.num_dims] = bank.to_query(a / s**2 * away).float()
-        query[:, bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
-        query.scatter_(1, bank.num_dims + column[:, None], 1.0)
-        across = (away * (bank.origin - bank.mean)).sum(1)
-        offset = (a / s**2)[:, 0] * across - away.square().sum(1) / (2 * s[:, 0] ** 2)
-        return query, offset
 
     def _finish(self, part: Partial, x_t: Tensor) -> Posterior:
         """Statistics of the whole posterior. Where all mass is on one row the mean has its bits."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_stages.oracle.bank import DataBank
+from fm_stages.oracle.bank import NUM_EXTRA, DataBank
 
 LOW = 2.0**-11
 """Of a split number's low term: float16 has 11 bits."""
@@ -57,6 +57,35 @@ def full_precision(device: torch.device) -> Iterator[None]:
         for backend, precision in zip(backends, newer, strict=True):
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
+
+
+def factors(bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The factor whose product with stored rows gives logits -||x_t - a x_i||^2 / (2 s^2), and what these leave out.
+
+    With r = x_t - a mean and y = x - mean, log g_i = (a / s^2) r . y_i - a^2 / (2 s^2) ||y_i||^2 + log count_i
+    - ||r||^2 / (2 s^2). The last term is the same for all rows, and so is what r . y differs by from the product of
+    r with stored values. Taking the mean out of the query is exact and shrinks the terms that are subtracted:
+    rounding errors fall several-fold.
+
+    Args:
+        bank: the training set.
+        x_t: (B, D) queries.
+        a: (B, 1) float64, alpha of the weights.
+        s: (B, 1) float64, positive.
+        column: (B,) which of the bank's extra columns holds the log counts to add; None: none are added.
+
+    Returns:
+        The factor (B, D + NUM_EXTRA) float32, and (B,) float64 to be added to the logits.
+    """
+    away = x_t - a * bank.mean  # float64
+    query = torch.zeros(len(x_t), bank.num_dims + NUM_EXTRA, dtype=torch.float32, device=x_t.device)
+    query[:, : bank.num_dims] = bank.to_query(a / s**2 * away).float()
+    query[:, bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
+    if column is not None:
+        query.scatter_(1, bank.num_dims + column[:, None], 1.0)
+    across = (away * (bank.origin - bank.mean)).sum(1)
+    offset = (a / s**2)[:, 0] * across - away.square().sum(1) / (2 * s[:, 0] ** 2)
+    return query, offset
 
 
 def products(bank: DataBank, query: Tensor) -> Products:

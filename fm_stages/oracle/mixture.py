@@ -206,7 +206,7 @@ class MixtureOracle(Oracle):
     def _partial(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Partial:
         """The posterior of queries (B, D) over the rows of this rank."""
         part = Partial.empty(x_t)
-        a, s = self._coefficients(t)
+        a, s = self.coefficients(t)
         pairs = (CPU_VALUES if x_t.device.type == "cpu" else GPU_VALUES) // self.bank.num_dims
         for label in labels.unique().tolist():
             rows = self.bank.slice_of(label)

@@ -40,8 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_stages.oracle import ranks
-from fm_stages.oracle.bank import NUM_EXTRA, DataBank
-from fm_stages.oracle.kernels import full_precision, products
+from fm_stages.oracle.bank import DataBank
+from fm_stages.oracle.kernels import factors, full_precision, products
 from fm_stages.oracle.stream import rounding_error
 
 FAILURE = 1e-9
@@ -93,22 +93,18 @@ def measure_nearest(bank: DataBank) -> None:
 
 def _nearest_squares(bank: DataBank, index: Tensor) -> Tensor:
     """Lower bounds (B,) on the squared distance of training rows to the other rows that this rank holds."""
-    centred = bank.rows(index).flatten(1).double() - bank.mean
-    # the product with a stored row is y_i . y_j - ||y_j||^2 / 2, but for a constant
-    query = torch.zeros(len(index), bank.num_dims + NUM_EXTRA, dtype=torch.float32, device=bank.device)
-    query[:, : bank.num_dims] = bank.to_query(centred).float()
-    query[:, bank.num_dims] = -0.5
+    one = torch.ones(len(index), 1, dtype=torch.float64, device=bank.device)
+    query, offset = factors(bank, bank.rows(index).flatten(1), one, one)  # logits are -||x_i - x_j||^2 / 2
     own = bank.place_of(index)
     with full_precision(bank.device):
-        factors = products(bank, query)
+        rows_by_query = products(bank, query)
         largest = torch.full_like(query[:, 0], -torch.inf)
         for start in range(0, bank.num_stored, ROWS):
             rows = slice(start, min(start + ROWS, bank.num_stored))
             found = torch.empty(len(index), rows.stop - start, dtype=torch.float32, device=bank.device)
-            factors.logits(rows, found)
+            rows_by_query.logits(rows, found)
             here = ((own >= start) & (own < rows.stop)).nonzero()[:, 0]
             found[here, own[here] - start] = -torch.inf
             largest = torch.maximum(largest, found.amax(1))
-    across = (centred * (bank.origin - bank.mean)).sum(1)
-    squares = centred.square().sum(1) - 2 * (largest.double() + across)
+    squares = -2 * (largest.double() + offset)
     return squares - 2 * rounding_error(query, bank)
