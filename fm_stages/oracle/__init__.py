@@ -6,6 +6,7 @@ from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, oracle_of
+from fm_stages.oracle.neighbours import largest_weights, nearest_rows
 from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank, rows_per_query
 from fm_stages.oracle.profile import THRESHOLDS, StageCurves, StageProfile
 from fm_stages.oracle.ranks import together
@@ -31,10 +32,12 @@ __all__ = [
     "Wiener",
     "decompose",
     "describe",
+    "largest_weights",
     "linear_reference",
     "mean_square",
     "measure_nearest",
     "nearest_pays",
+    "nearest_rows",
     "oracle_of",
     "plan_bank",
     "rows_per_query",
