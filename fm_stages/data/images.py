@@ -212,11 +212,9 @@ class ImageFolder(ImageData):
 
     def _folders(self) -> tuple[Path, Path | None]:
         """The training folder, and the held-out one unless it is split off."""
-        train, val = self.data_dir, self.val_dir
-        inner = train / "train"
-        if inner.is_dir() and any(entry.is_dir() for entry in inner.iterdir()):
-            val = val or (train / "val" if (train / "val").is_dir() else None)
-            train = inner
+        train, val = training_folder(self.data_dir), self.val_dir
+        if train != self.data_dir and (self.data_dir / "val").is_dir():
+            val = val or self.data_dir / "val"
         for folder in (train, val):
             if folder is not None and not folder.is_dir():
                 raise FileNotFoundError(f"there is no folder {folder.resolve()}: set data_dir (or val_dir) to one")
@@ -235,6 +233,12 @@ class ImageFolder(ImageData):
                 f"{needed / 2**30:.1f} GiB of memory in each process, {available / 2**30:.1f} GiB are available: take "
                 "a smaller image_size, fewer images, or leave flip off"
             )
+
+
+def training_folder(data_dir: Path) -> Path:
+    """The ``train`` folder of a folder if it holds folders itself, else the folder."""
+    inner = data_dir / "train"
+    return inner if inner.is_dir() and any(entry.is_dir() for entry in inner.iterdir()) else data_dir
 
 
 def decode(files: list[str], image_size: int) -> Tensor:
