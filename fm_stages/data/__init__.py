@@ -3,6 +3,7 @@
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range
 from fm_stages.data.module import ImageData
+from fm_stages.data.rows import Rows, read_rows
 
 __all__ = [
     "CIFAR10",
@@ -13,5 +14,7 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "LabelledImages",
+    "Rows",
+    "read_rows",
     "to_model_range",
 ]

@@ -1,0 +1,165 @@
+"""A training set read from files into what `DataBank` takes: arrays, safetensors, folders of images or of latents."""
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from tqdm import tqdm
+
+from fm_stages.data.array_files import Source, open_array, open_array_folder
+from fm_stages.data.images import decode, training_folder
+from fm_stages.data.loading import SCALE, SHIFT
+from fm_stages.data.module import available_memory_bytes
+from fm_stages.data.tensor_files import open_tensors
+from fm_stages.flow import keyed_generator
+
+_ACCEPTED = (
+    "a .npy or .safetensors file, a folder of images or of class folders of images, or a folder of latents "
+    "(.safetensors shards, or one .npy file each)"
+)
+
+
+class Rows(NamedTuple):
+    """What `DataBank` takes: rows (N, ...) as stored, labels (N,) int64 or None, scale and shift; names of classes.
+
+    The rows are uint8, float16, bfloat16 or float32; scale and shift are numbers or tensors that broadcast to a row.
+    """
+
+    x1: Tensor
+    labels: Tensor | None
+    scale: float | Tensor
+    shift: float | Tensor
+    class_names: list[str]
+
+
+def read_rows(path: str | Path, image_size: int | None = None, num_rows: int | None = None, seed: int = 0) -> Rows:
+    """Read a training set, or a random part of it.
+
+    - A ``.npy`` file (N, ...): uint8 pixels, which the network sees in [-1, 1], or floats, taken as they are (float64
+      becomes float32). Labels are in ``<stem>_labels.npy`` beside it, if that is there.
+    - A ``.safetensors`` file: the tensor ``latents``, ``images`` or ``x1``, or the only one; with ``labels``, and
+      ``latents_flip`` as further rows after the others, if they are there.
+    - A folder of images, or of class folders, or one whose ``train`` folder has class folders: as `ImageFolder` reads
+      them, but all of them, for none is held out here. Where all files are grey, rows have one channel.
+    - A folder of LightningDiT's shards, ``latents_rank*_shard*.safetensors``: as such files, one after another. Rows
+      that its sampler repeated at the end are left out where the labels tell them, as those of an ImageFolder in order
+      do; where they do not, there is a warning, and up to one row less than there were ranks may be there twice.
+    - A folder of ``.npy`` files of one latent each, with labels in ``dataset.json`` if that is there.
+
+    Latents in ``.safetensors`` files are normalised by ``latents_stats.pt`` beside them, if it is there, through scale
+    and shift: x1 is what the files hold. Without it they are taken as they are.
+
+    Args:
+        path: the file or folder.
+        image_size: side of the images of a folder; None: the one that all of them have.
+        num_rows: how many rows to draw without replacement, flips counted as rows, in rising order; None: all.
+        seed: of that draw.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or a class folder has no image.
+        ValueError: if it holds something else, cannot be read, or an argument does not fit it.
+        MemoryError: if the rows and their bank do not fit into memory.
+    """
+    path = Path(path).expanduser()
+    for name, value in (("image_size", image_size), ("num_rows", num_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be 1 or more")
+    source = _open(path, image_size)
+    if image_size is not None and source.shape[-1] != image_size:
+        raise ValueError(f"--image_size is for a folder of images; the rows of {path} are of shape {source.shape}")
+    index = torch.arange(source.num_rows)
+    if num_rows is not None:
+        if num_rows > source.num_rows:
+            raise ValueError(f"--num_rows {num_rows} is more than the {source.num_rows} rows of {path}")
+        index = torch.randperm(source.num_rows, generator=keyed_generator("rows", seed))[:num_rows].sort().values
+    _check_memory(source, len(index))
+    labels = None if source.labels is None else source.labels[index]
+    scale, shift = (SCALE, SHIFT) if source.dtype == torch.uint8 else (source.scale, source.shift)
+    return Rows(source.take(index), labels, scale, shift, source.class_names)
+
+
+def _open(path: Path, image_size: int | None) -> Source:
+    """Find out what there is, without reading the rows."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path.resolve()}: give {_ACCEPTED}")
+    if path.is_dir():
+        return _open_folder(training_folder(path), image_size)
+    match path.suffix.lower():
+        case ".npy":
+            return open_array(path)
+        case ".safetensors":
+            return open_tensors([path])
+    raise ValueError(f"{path} is of no kind that can be read: give {_ACCEPTED}")
+
+
+def _open_folder(folder: Path, image_size: int | None) -> Source:
+    """Find out which one kind of files a folder holds, at any depth."""
+    files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    suffixes = {"images": IMG_EXTENSIONS, ".safetensors files": (".safetensors",), ".npy files": (".npy",)}
+    of_kind = {kind: [file for file in files if file.suffix.lower() in ends] for kind, ends in suffixes.items()}
+    kinds = [kind for kind, those in of_kind.items() if those]
+    if len(kinds) != 1:
+        raise ValueError(f"{folder} holds {' and '.join(kinds) or 'nothing that can be read'}: give {_ACCEPTED}")
+    images, shards, arrays = of_kind.values()
+    if images:
+        return _open_images(folder, images, image_size)
+    if arrays:
+        return open_array_folder(folder, arrays)
+    if nested := [file for file in shards if file.parent != folder]:  # another split may lie beside it
+        raise ValueError(f"{nested[0]} lies deeper than {folder}: give the folder that holds the shards")
+    return open_tensors(shards)
+
+
+def _open_images(folder: Path, files: list[Path], image_size: int | None) -> Source:
+    """The images of a flat folder, or of class folders with labels."""
+    names, labels = [], None
+    loose = [file for file in files if file.parent == folder]
+    if not loose:
+        names, classes = find_classes(folder)
+        samples = make_dataset(folder, classes, IMG_EXTENSIONS)
+        files, labels = [Path(file) for file, _ in samples], torch.tensor([label for _, label in samples])
+    elif len(loose) < len(files):
+        raise ValueError(f"{folder} holds {len(loose)} images beside folders of images: move one kind elsewhere")
+    grey, sizes = _survey(files, image_size is not None)
+    if image_size is None:
+        if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
+            shown = ", ".join(f"{width}x{height}" for width, height in sizes[:4]) + ", ..." * (len(sizes) > 4)
+            raise ValueError(f"{folder} holds images of {shown}: give --image_size, the side of the squares to make")
+        image_size = sizes[0][0]
+    channels, size = 1 if grey else 3, image_size
+
+    def take(rows: Tensor) -> Tensor:
+        return decode([str(files[row]) for row in rows.tolist()], size)[:, :channels].contiguous()
+
+    return Source(len(files), (channels, size, size), torch.uint8, take, labels, class_names=names)
+
+
+def _survey(files: list[Path], size_is_given: bool) -> tuple[bool, list[tuple[int, int]]]:
+    """Whether all images are grey, and the sizes that occur, from the headers; no further than needed."""
+    grey, sizes = True, set()
+    for file in tqdm(files, "Reading image headers", unit="image", delay=1):
+        try:
+            with Image.open(file) as image:
+                grey = grey and image.mode in ("1", "L")
+                sizes.add(image.size)
+        except Exception as error:  # PIL's readers fail in many ways
+            raise ValueError(f"cannot read the image {file} ({error}): repair or remove it") from error
+        if size_is_given and not grey:
+            break
+    return grey, sorted(sizes)
+
+
+def _check_memory(source: Source, num_rows: int) -> None:
+    """Raise if the rows and the bank that is made of them do not fit into memory."""
+    needed = 2 * num_rows * math.prod(source.shape) * source.dtype.itemsize
+    available = available_memory_bytes()
+    if needed > available:
+        raise MemoryError(
+            f"{num_rows} rows of shape {source.shape} and their bank need {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are available: take a part of them with --num_rows"
+        )
