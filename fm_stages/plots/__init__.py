@@ -1,6 +1,7 @@
 """Every figure, made from plain data: nothing here computes anything that a table does not say."""
 
 from fm_stages.plots.losses import gap_by_t
+from fm_stages.plots.pictures import oracle_paths, posterior_strips
 from fm_stages.plots.style import save, shade_stages
 
-__all__ = ["gap_by_t", "save", "shade_stages"]
+__all__ = ["gap_by_t", "oracle_paths", "posterior_strips", "save", "shade_stages"]
