@@ -178,6 +178,7 @@ def _pictures_of(bank: DataBank) -> tuple[Pictures, str] | None:
     index = torch.randint(bank.num_rows, (NUM_SAMPLED,), generator=generator)
     used = 3 if channels > 3 else 1
     std, centre = torch.std_mean(bank.rows(index)[:, :used], (0, 2, 3))
+    std = std.clamp(min=1e-6)  # a channel that is the same everywhere is grey, not 0 / 0
 
     def to_picture(x: Tensor) -> np.ndarray:
         channels_last = (x.movedim(-3, -1)[..., :used] - centre) / (SPREAD * std)
