@@ -21,11 +21,18 @@ def _diagnose() -> None:
     diagnose_command()
 
 
+def _profile() -> None:
+    from fm_stages.studies import profile_command
+
+    profile_command()
+
+
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
+    "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
 }
 

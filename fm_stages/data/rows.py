@@ -28,6 +28,7 @@ class Rows(NamedTuple):
     """What `DataBank` takes: rows (N, ...) as stored, labels (N,) int64 or None, scale and shift; names of classes.
 
     The rows are uint8, float16, bfloat16 or float32; scale and shift are numbers or tensors that broadcast to a row.
+    ``num_in_all`` is how many rows there are, of which these may be a part.
     """
 
     x1: Tensor
@@ -35,6 +36,7 @@ class Rows(NamedTuple):
     scale: float | Tensor
     shift: float | Tensor
     class_names: list[str]
+    num_in_all: int
 
 
 def read_rows(path: str | Path, image_size: int | None = None, num_rows: int | None = None, seed: int = 0) -> Rows:
@@ -66,7 +68,7 @@ def read_rows(path: str | Path, image_size: int | None = None, num_rows: int | N
         MemoryError: if the rows and their bank do not fit into memory.
     """
     path = Path(path).expanduser()
-    for name, value in (("image_size", image_size), ("num_rows", num_rows)):
+    for name, value in (("image_size", image_size), ("rows", num_rows)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be 1 or more")
     source = _open(path, image_size)
@@ -75,12 +77,12 @@ def read_rows(path: str | Path, image_size: int | None = None, num_rows: int | N
     index = torch.arange(source.num_rows)
     if num_rows is not None:
         if num_rows > source.num_rows:
-            raise ValueError(f"--num_rows {num_rows} is more than the {source.num_rows} rows of {path}")
+            raise ValueError(f"--rows {num_rows} is more than the {source.num_rows} rows of {path}")
         index = torch.randperm(source.num_rows, generator=keyed_generator("rows", seed))[:num_rows].sort().values
     _check_memory(source, len(index))
     labels = None if source.labels is None else source.labels[index]
     scale, shift = (SCALE, SHIFT) if source.dtype == torch.uint8 else (source.scale, source.shift)
-    return Rows(source.take(index), labels, scale, shift, source.class_names)
+    return Rows(source.take(index), labels, scale, shift, source.class_names, source.num_rows)
 
 
 def _open(path: Path, image_size: int | None) -> Source:
@@ -161,5 +163,5 @@ def _check_memory(source: Source, num_rows: int) -> None:
     if needed > available:
         raise MemoryError(
             f"{num_rows} rows of shape {source.shape} and their bank need {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are available: take a part of them with --num_rows"
+            f"{available / 2**30:.1f} GiB are available: take a part of them with --rows"
         )

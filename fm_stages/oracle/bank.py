@@ -234,8 +234,8 @@ class DataBank:
         """x_1 of training rows (B,), as `rows`: a point has only itself to draw."""
         return self.rows(index)
 
-    def subset(self, index: Tensor) -> DataBank:
-        """A bank of some of the training rows (B,), stored as they are here.
+    def subset(self, index: Tensor, labels: bool = True) -> DataBank:
+        """A bank of some of the training rows (B,), stored as they are here, with or without their labels.
 
         Raises:
             ValueError: if the bank is sharded, or an index lies outside it.
@@ -246,9 +246,9 @@ class DataBank:
             )
         check_index(index, self.num_rows)
         rows = self._rows[self.place_of(index)].reshape(len(index), *self.shape)
-        labels = self.labels_of(index) if self.has_labels else None
+        own = self.labels_of(index) if self.has_labels and labels else None
         scale, shift = (x.reshape(self.shape if x.ndim else ()) for x in (self._scale, self._shift))
-        return DataBank(rows, labels, scale, shift)
+        return DataBank(rows, own, scale, shift)
 
     def rows_of_all(self, index: Tensor, sizes: list[int]) -> Tensor:
         """`rows` of a checked index, once every rank knows how many the ranks ask for."""

@@ -2,6 +2,16 @@
 
 from fm_stages.plots.losses import gap_by_t
 from fm_stages.plots.pictures import oracle_paths, posterior_strips
+from fm_stages.plots.stages import boundary_trends, compare_stages, stage_curves
 from fm_stages.plots.style import save, shade_stages
 
-__all__ = ["gap_by_t", "oracle_paths", "posterior_strips", "save", "shade_stages"]
+__all__ = [
+    "boundary_trends",
+    "compare_stages",
+    "gap_by_t",
+    "oracle_paths",
+    "posterior_strips",
+    "save",
+    "shade_stages",
+    "stage_curves",
+]

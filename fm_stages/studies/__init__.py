@@ -1,5 +1,17 @@
 """What a person runs on models and data beside training."""
 
 from fm_stages.studies.diagnose import diagnose, diagnose_command, load_run
+from fm_stages.studies.profile import profile_command
+from fm_stages.studies.sources import Source, open_source
+from fm_stages.studies.study import Study, study_stages
 
-__all__ = ["diagnose", "diagnose_command", "load_run"]
+__all__ = [
+    "Source",
+    "Study",
+    "diagnose",
+    "diagnose_command",
+    "load_run",
+    "open_source",
+    "profile_command",
+    "study_stages",
+]

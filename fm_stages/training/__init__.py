@@ -3,6 +3,7 @@
 from fm_stages.training.checkpoints import Checkpoints, init_from, network_weights, read_checkpoint
 from fm_stages.training.config import CONFIG_KEY, TrainingCLI, config_files
 from fm_stages.training.held_out import HeldOut
+from fm_stages.training.loggers import choose_wandb_mode
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.report import report
@@ -24,6 +25,7 @@ __all__ = [
     "Target",
     "Throughput",
     "TrainingCLI",
+    "choose_wandb_mode",
     "config_files",
     "init_from",
     "network_weights",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.utils import save_image
 
-from fm_stages.flow import sample
+from fm_stages.flow import sample, time_grid
 from fm_stages.training.loggers import is_trial, log_image, run_folder
 
 
@@ -21,18 +21,23 @@ class SampleGrid(L.Callback):
         num_samples: images in a grid; classes take turns.
         num_steps: solver steps.
         seed: of the noise.
+        shift: of the solver's time grid; > 1 puts more steps near noise.
     """
 
-    def __init__(self, every_n_steps: int = 1000, num_samples: int = 64, num_steps: int = 50, seed: int = 0) -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, num_samples: int = 64, num_steps: int = 50, seed: int = 0, shift: float = 1.0
+    ) -> None:
         if every_n_steps < 0 or num_samples < 1 or num_steps < 1:
             raise ValueError(
                 f"every_n_steps={every_n_steps} must be 0 or more, num_samples={num_samples} and "
                 f"num_steps={num_steps} 1 or more"
             )
+        time_grid(num_steps, shift)  # refuses a bad shift now
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.num_steps = num_steps
         self.seed = seed
+        self.shift = shift
         self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -74,7 +79,7 @@ class SampleGrid(L.Callback):
             training = network.training
             network.eval()
             with trainer.precision_plugin.forward_context():
-                images = sample(network, labels, data.shape, self.seed, self.num_steps)
+                images = sample(network, labels, data.shape, self.seed, self.num_steps, self.shift)
             network.train(training)
             if trainer.is_global_zero:
                 path = run_folder(trainer) / "samples" / f"{weights}_{trainer.global_step:07d}.png"

@@ -625,20 +625,20 @@ class TestNumRows:
         assert (counts - 120).abs().max() < 4.5 * (400 * 0.3 * 0.7) ** 0.5
 
     def test_more_than_there_are_raises(self, tmp_path):
-        with pytest.raises(ValueError, match=r"--num_rows 31 is more than the 30 rows of .*x\.safetensors"):
+        with pytest.raises(ValueError, match=r"--rows 31 is more than the 30 rows of .*x\.safetensors"):
             read_rows(as_tensors(tmp_path), num_rows=31)
 
     @pytest.mark.parametrize("arguments", [{"num_rows": 0}, {"num_rows": -3}, {"image_size": 0}])
     def test_less_than_one_raises(self, tmp_path, arguments):
         ((name, value),) = arguments.items()
-        with pytest.raises(ValueError, match=f"--{name} {value} must be 1 or more"):
+        with pytest.raises(ValueError, match=f"--{name.removeprefix('num_')} {value} must be 1 or more"):
             read_rows(as_images(tmp_path), **arguments)
 
     def test_more_than_the_memory_raises_before_reading(self, tmp_path, monkeypatch):
         path = as_array(tmp_path)
         monkeypatch.setattr(rows, "available_memory_bytes", lambda: 2 * 20 * 4 * 4)
         assert len(read_rows(path, num_rows=20).x1) == 20
-        with pytest.raises(MemoryError, match=r"21 rows of shape \(4,\) .* --num_rows"):
+        with pytest.raises(MemoryError, match=r"21 rows of shape \(4,\) .* --rows"):
             read_rows(path, num_rows=21)
 
 

@@ -1,0 +1,136 @@
+"""What can be said of a training set before any time is measured: its size, its scale, its geometry, its defects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fm_stages.flow import keyed_generator
+from fm_stages.oracle import DataBank, nearest_rows
+
+SAMPLE = 2048
+"""Rows behind the effective dimension."""
+
+NEIGHBOURS = 256
+"""Rows whose nearest neighbours are looked up."""
+
+PIECE = 2**24
+"""Values that are looked at together."""
+
+USUAL_STD = (0.2, 5.0)
+"""Within this factor of the noise's standard deviation, 1, data counts as normalised."""
+
+
+@dataclass
+class Facts:
+    """A training set in numbers.
+
+    Attributes:
+        num_rows: N.
+        num_distinct: rows that differ.
+        num_constant: rows whose values are all the same.
+        num_dims: D.
+        num_classes: 0 without labels.
+        smallest_class: its label and number of rows; None without labels.
+        mean: over all values.
+        std: over all values.
+        effective_dims: participation ratio (tr C)^2 / tr C^2 of the covariance C, from `SAMPLE` rows.
+        nearest_distance: median distance to the nearest other row, root mean square per value, from `NEIGHBOURS` rows.
+    """
+
+    num_rows: int
+    num_distinct: int
+    num_constant: int
+    num_dims: int
+    num_classes: int
+    smallest_class: tuple[int, int] | None
+    mean: float
+    std: float
+    effective_dims: float
+    nearest_distance: float
+
+
+def facts_of(bank: DataBank, seed: int = 0) -> Facts:
+    """Look at all rows once, and at some closely.
+
+    Raises:
+        ValueError: if there are fewer than two distinct rows.
+    """
+    if bank.num_distinct < 2:
+        raise ValueError(
+            f"{bank.num_rows} rows, {bank.num_distinct} distinct: stages need at least two rows that differ"
+        )
+    total, constant = 0.0, 0
+    mean = bank.mean.mean().item()
+    for rows in _pieces(bank):
+        total += (rows.double() - mean).square().sum().item()
+        constant += int((rows.amax(1) == rows.amin(1)).sum())
+    counts = bank.label_counts
+    smallest = min(counts, key=lambda label: counts[label]) if counts else None
+    generator = keyed_generator("facts", seed)
+    order = torch.randperm(bank.num_rows, generator=generator)
+    return Facts(
+        num_rows=bank.num_rows,
+        num_distinct=bank.num_distinct,
+        num_constant=constant,
+        num_dims=bank.num_dims,
+        num_classes=len(counts),
+        smallest_class=None if smallest is None else (smallest, counts[smallest]),
+        mean=mean,
+        std=math.sqrt(total / (bank.num_rows * bank.num_dims)),
+        effective_dims=effective_dims(bank.rows(order[:SAMPLE]).flatten(1).double() - bank.mean),
+        nearest_distance=_nearest_distance(bank, order[:NEIGHBOURS]),
+    )
+
+
+def warnings_of(facts: Facts) -> list[str]:
+    """What a person should know before they believe a profile, each with the remedy."""
+    found = []
+    if duplicates := facts.num_rows - facts.num_distinct:
+        found.append(
+            f"{duplicates} of {facts.num_rows} rows are copies of others. They are counted with their multiplicity, as "
+            "training draws them; remove them if they are padding."
+        )
+    if facts.num_constant:
+        found.append(f"{facts.num_constant} rows are constant, the same value everywhere: are these images broken?")
+    if facts.smallest_class and facts.smallest_class[1] == 1:
+        found.append(
+            f"class {facts.smallest_class[0]} has a single sample: with its label the posterior is that sample at "
+            "every t, and a network can only memorize it."
+        )
+    low, high = USUAL_STD
+    if not low <= facts.std <= high or abs(facts.mean) > 2 * facts.std:
+        found.append(
+            f"values have mean {facts.mean:.3g} and std {facts.std:.3g}, the noise 0 and 1: this data is not "
+            "normalised, and its stages lie where no recipe expects them. Subtract the mean and divide by the std "
+            "(DataBank's scale and shift do it), or give the data module that training uses."
+        )
+    return found
+
+
+def effective_dims(centred: Tensor) -> float:
+    """Participation ratio (tr C)^2 / tr C^2 of rows (n, D) without their mean.
+
+    tr C^2 is the mean of (x_i . x_j)^2 over pairs i != j, which is unbiased, so that n may be smaller than D.
+    """
+    gram = centred @ centred.T  # (n, n)
+    n = len(gram)
+    trace = gram.diagonal().mean()
+    pairs = (gram.square().sum() - gram.diagonal().square().sum()) / (n * (n - 1))
+    return (trace.square() / pairs.clamp(min=1e-300)).item()
+
+
+def _nearest_distance(bank: DataBank, index: Tensor) -> float:
+    """Median over training rows (n,) of the distance to the nearest other distinct row, per value."""
+    distance, _ = nearest_rows(bank, bank.rows(index), num=2)
+    return (distance[:, 1].median() / math.sqrt(bank.num_dims)).item()
+
+
+def _pieces(bank: DataBank) -> Iterator[Tensor]:
+    """All rows (n, D) float32, by pieces."""
+    for index in torch.arange(bank.num_rows).split(max(1, PIECE // bank.num_dims)):
+        yield bank.rows(index).flatten(1)

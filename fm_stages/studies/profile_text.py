@@ -1,0 +1,176 @@
+"""What ``fm-stages profile`` prints: tables and sentences that a newcomer understands."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from fm_stages.oracle import StageCurves, StageProfile
+from fm_stages.studies.facts import Facts
+from fm_stages.studies.recommend import Recommendation
+from fm_stages.studies.study import Study
+from fm_stages.studies.trends import RowTrend, TrendPoint
+
+WIDTH = 110
+
+STAGES = (
+    ("navigation ends", "navigation_end", "median top1 reaches 0.1"),
+    ("boundary", "boundary", "0.5"),
+    ("refinement complete", "refinement_complete", "0.9"),
+)
+
+
+def summary(study: Study) -> str:
+    """All that was found about a training set, as text of many lines."""
+    profile = study.profile
+    parts = [_stages(profile), _curves(profile), _facts(study.facts)]
+    parts += [_wrapped(f"Note: {warning}") for warning in study.warnings]
+    parts.append(_floors(study.floors))
+    if study.recommendations:
+        parts.append(_recommendations(study.recommendations))
+    else:
+        parts.append(_wrapped("No suggestions: the boundary lies at an end of [0, 1], so there is only one stage."))
+    if study.row_trend:
+        parts.append(_row_trend(study.row_trend, profile, study.source.num_rows))
+    if study.dim_trend:
+        parts.append(_dim_trend(study.dim_trend))
+    return "\n\n".join(parts)
+
+
+def comparison(studies: Sequence[Study]) -> str:
+    """One line for each of several training sets."""
+    width = max(12, *(len(study.source.name) for study in studies))
+    columns = ("N", "D", "effective D", "nearest", "std", "nav. ends", "boundary", "ref. complete", "floor", "shift")
+    lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
+    for study in studies:
+        facts, profile = study.facts, study.profile
+        cells = [
+            str(facts.num_rows),
+            str(facts.num_dims),
+            f"{facts.effective_dims:.1f}",
+            f"{facts.nearest_distance:.3f}",
+            f"{facts.std:.3f}",
+            f"{profile.navigation_end:.3f}",
+            f"{profile.boundary:.3f}",
+            f"{profile.refinement_complete:.3f}",
+            f"{profile.expected_floor()[0]:.4f}",
+            study.recommendations[0].value if study.recommendations else "-",
+        ]
+        lines.append(f"{study.source.name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    note = (
+        "effective D: participation ratio of the covariance. nearest: median distance to the nearest other row, root "
+        "mean square per value (the noise has 1). floor: of the regular loss, uniform t. shift: of training timesteps, "
+        "unvalidated. Floors of different encodings are in different units: compare shapes, not values."
+    )
+    return "\n".join(lines) + "\n" + _wrapped(note)
+
+
+def _stages(profile: StageProfile) -> str:
+    """The three times, for each kind of queries."""
+    kinds: dict[str, StageCurves] = {}
+    if profile.unconditional and profile.conditional:
+        kinds = {"unconditional": profile.unconditional, "conditional": profile.conditional}
+    mix = "unconditional" if profile.label_dropout == 1 else f"as trained ({profile.label_dropout:.0%} unlabelled)"
+    kinds = {mix: profile, **kinds} if profile.label_dropout < 1 else {mix: profile}
+    lines = [f"{'stages, in t (0 = noise, 1 = data)':36}" + "".join(f"{kind:>28}" for kind in kinds)]
+    for words, name, level in STAGES:
+        cells = [f"{getattr(c, name):.3f} ± {c.time_sem[name]:.3f}" for c in kinds.values()]
+        lines.append(f"{f'{words} ({level})':36}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _curves(profile: StageProfile) -> str:
+    """About a dozen of the times, spread over the change of the mean top1."""
+    names = ("top1", "ess", "entropy", "own", "floor")
+    header = {"top1": "top1", "ess": "ess (median)", "entropy": "entropy", "own": "own weight", "floor": "floor"}
+    guided = profile.guidance is not None
+    lines = [f"{'t':>8}" + "".join(f"{header[n]:>18}" for n in names) + (f"{'label adds':>18}" if guided else "")]
+    every = max(1, len(profile.t) // 12)
+    for i in sorted({*range(0, len(profile.t), every), len(profile.t) - 1}):
+        cells = [_with_error(getattr(profile, name)[i], profile.sem[name][i]) for name in names]
+        if profile.guidance is not None and profile.guidance_sem is not None:
+            cells.append(_with_error(profile.guidance[i], profile.guidance_sem[i]))
+        lines.append(f"{profile.t[i]:8.4f}" + "".join(f"{cell:>18}" for cell in cells))
+    lines.append(f"Means of {profile.num_queries} draws ± standard error; all {len(profile.t)} times are in the JSON.")
+    return "\n".join(lines)
+
+
+def _facts(facts: Facts) -> str:
+    classes = f", {facts.num_classes} classes" if facts.num_classes else ""
+    return _wrapped(
+        f"Data: {facts.num_rows} rows ({facts.num_distinct} distinct) x {facts.num_dims} values{classes}; mean "
+        f"{facts.mean:.3f}, std {facts.std:.3f}; effective dimension {facts.effective_dims:.1f}; nearest other row at "
+        f"{facts.nearest_distance:.3f} per value."
+    )
+
+
+def _floors(floors: Sequence[dict]) -> str:
+    """What the loss cannot go below."""
+    lines = [f"{'what the regular loss cannot go below':44}{'draws in navigation':>22}{'all t':>20}{'navigation':>20}"]
+    for row in floors:
+        early, overall = "-", _with_error(row["floor"], row["floor_sem"])
+        if row["floor_navigation"] is not None:
+            early = _with_error(row["floor_navigation"], row["floor_navigation_sem"])
+        lines.append(f"{row['density']:44}{row['share_navigation']:>22.0%}{overall:>20}{early:>20}")
+    if floors[0]["floor_navigation"] is not None:
+        lines.append(
+            _wrapped(
+                f"Before the boundary your regular loss cannot go below {floors[0]['floor_navigation']:.4f} "
+                f"({floors[0]['density']}), however good the model: a curve that hovers there is not stuck."
+            )
+        )
+    return "\n".join(lines)
+
+
+def _recommendations(recommendations: Sequence[Recommendation]) -> str:
+    """Each with its rule and the lines to paste."""
+    lines = ["Suggestions (rules, not measurements of any training: each is unvalidated until a sweep confirms it)"]
+    for one in recommendations:
+        lines += ["", f"  {one.name}: {one.value}   [{one.status}]", _wrapped(f"rule: {one.rule}", 4)]
+        if one.yaml:
+            lines.append(textwrap.indent(one.yaml, " " * 6))
+        else:
+            lines.append(_wrapped("(for the sampler: nothing to paste, fm-stages' own sampler does not guide yet)", 4))
+    return "\n".join(lines)
+
+
+def _row_trend(trend: RowTrend, profile: StageProfile, all_rows: int) -> str:
+    """The stages over N, and where the line leads."""
+    lines = [f"{'rows':>10}{'navigation ends':>20}{'boundary':>20}{'refinement complete':>22}"]
+    for p in trend.points:
+        cells = [f"{getattr(p, name):.3f} ± {p.time_sem[name]:.3f}" for _, name, _ in STAGES]
+        lines.append(f"{p.num_rows:>10}{cells[0]:>20}{cells[1]:>20}{cells[2]:>22}")
+    lines.append(
+        _wrapped(
+            f"The boundary moves with log N: {trend.slope * 2.302585:+.3f} per tenfold number of rows, by a line "
+            "through the larger half of these banks."
+        )
+    )
+    if profile.num_rows < all_rows:
+        lines.append(
+            _wrapped(
+                f"WARNING: {profile.num_rows} of {all_rows} rows were used. With all of them every stage lies "
+                f"later: the line puts the boundary near {trend.boundary_at(all_rows):.3f} (extrapolated, not "
+                f"measured), where {profile.boundary:.3f} was found. Measure all rows before you rely on a number."
+            )
+        )
+    return "\n".join(lines)
+
+
+def _dim_trend(points: Sequence[TrendPoint]) -> str:
+    lines = [f"{'unconditional':>16}{'N':>10}{'D':>8}{'boundary':>20}"]
+    for p in points:
+        boundary = f"{p.boundary:.3f} ± {p.time_sem['boundary']:.3f}"
+        lines.append(f"{p.kind:>16}{p.num_rows:>10}{p.num_dims:>8}{boundary:>20}")
+    return "\n".join(lines)
+
+
+def _with_error(value: float, error: float) -> str:
+    """A number with as many digits as its error has a use for."""
+    if value >= 1000:
+        return f"{value:.0f} ± {error:.0f}"
+    return f"{value:.1f} ± {error:.1f}" if value >= 10 else f"{value:.4f} ± {error:.4f}"
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2 * (indent > 0)))

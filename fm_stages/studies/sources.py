@@ -1,0 +1,136 @@
+"""A training set named on the command line: a class path, a config, a checkpoint, files, each as a bank."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fm_stages import flow
+from fm_stages.data import read_rows
+from fm_stages.flow import LinearPath, keyed_generator
+from fm_stages.oracle import DataBank
+from fm_stages.training import CONFIG_KEY, read_checkpoint
+
+FILES = (".npy", ".safetensors")
+CONFIGS = (".yaml", ".yml")
+
+
+@dataclass
+class Source:
+    """A training set, and what its run says about it.
+
+    Attributes:
+        name: short, for tables and figures.
+        bank: the rows, those that were asked for.
+        num_rows: how many there are in all.
+        path: between noise and data.
+        label_dropout: share of samples without label, if a config says.
+    """
+
+    name: str
+    bank: DataBank
+    num_rows: int
+    path: flow.Path
+    label_dropout: float | None = None
+
+
+def open_source(
+    spec: str,
+    rows: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    path: flow.Path | None = None,
+    labels: bool = True,
+) -> Source:
+    """Read the training set that a word of the command line names.
+
+    Args:
+        spec: a config or checkpoint of ``fm-stages fit``; the class path of a data module, or a YAML mapping
+            ``{class_path: ..., init_args: {...}}`` of one; or what `fm_stages.data.read_rows` reads. ``NAME=`` before
+            it gives the name.
+        rows: how many of the rows to draw at random; None: all.
+        seed: of that draw.
+        image_size: side of the images of a folder.
+        path: between noise and data; None: the config's, or else the linear one.
+        labels: whether to keep the labels, if there are any.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: if it cannot be read, or has fewer rows.
+        FileNotFoundError: if there is no such file.
+    """
+    name, spec = _split_name(spec)
+    file = Path(spec).expanduser()
+    is_mapping = spec.startswith("{")
+    if file.suffix in (*CONFIGS, ".ckpt") and not is_mapping:
+        section, own_path, label_dropout = _read_config(file)
+        source = _of_module(name or file.stem, section, path or own_path, label_dropout)
+    elif not is_mapping and (file.exists() or file.suffix in FILES or "/" in spec):
+        read = read_rows(file, image_size, rows, seed)
+        bank = DataBank(read.x1, read.labels if labels else None, read.scale, read.shift)
+        return Source(name or file.stem, bank, read.num_in_all, path or LinearPath())
+    else:
+        section = yaml.safe_load(spec) if is_mapping else {"class_path": spec}
+        source = _of_module(name or str(section["class_path"]).rpartition(".")[2], section, path or LinearPath())
+    if rows is not None or (source.bank.has_labels and not labels):
+        source.bank = source.bank.subset(_some(source.num_rows, rows, seed), labels)
+    return source
+
+
+def _split_name(spec: str) -> tuple[str, str]:
+    """The name before ``=``, if there is one, and the rest."""
+    match = re.fullmatch(r"([\w.-]+)=(.+)", spec)
+    return (match[1], match[2]) if match and not Path(spec).exists() else ("", spec)
+
+
+def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
+    """Section ``data``, path and label dropout of a config, or of the one that a checkpoint carries."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    text = read_checkpoint(file).get(CONFIG_KEY, "") if file.suffix == ".ckpt" else file.read_text()
+    sections = yaml.safe_load(text)
+    if not isinstance(sections, dict) or "data" not in sections:
+        raise ValueError(f"{file} says nothing about data: it needs a section `data` with a class_path")
+    model = sections.get("model") or {}
+    path = LinearPath()
+    if "path" in model:
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(flow.Path, "path")
+        path = parser.instantiate_classes(parser.parse_object({"path": model["path"]})).path
+    return sections["data"], path, model.get("label_dropout")
+
+
+def _of_module(name: str, section: Any, path: flow.Path, label_dropout: float | None = None) -> Source:
+    """The bank of the data module that a section of a config describes."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    data: Any = parser.instantiate_classes(parser.parse_object({"data": section})).data
+    if not hasattr(data, "bank"):
+        raise ValueError(f"{type(data).__name__} has no bank(): a data module says there what its training set is")
+    data.prepare_data()
+    data.setup()
+    bank = data.bank()
+    if not isinstance(bank, DataBank):
+        raise ValueError(
+            f"{type(data).__name__} draws its rows anew at every step ({type(bank).__name__}): only a set of points "
+            "can be profiled here; StageProfile.measure(oracle_of(bank, path)) measures its stages"
+        )
+    return Source(name, bank, bank.num_rows, path, label_dropout)
+
+
+def _some(num_rows: int, wanted: int | None, seed: int) -> torch.Tensor:
+    """Which of the rows to take, in rising order."""
+    if wanted is None:
+        return torch.arange(num_rows)
+    if not 1 <= wanted <= num_rows:
+        raise ValueError(f"--rows {wanted} must lie between 1 and the number of rows, {num_rows}")
+    return torch.randperm(num_rows, generator=keyed_generator("rows", seed))[:wanted].sort().values
