@@ -138,8 +138,8 @@ def guidance(profile: StageProfile) -> Recommendation:
         f"[{start:.3g}, {end:.3g}]" + (" (cut off at 1)" if end == 1 else ""),
         {"start": start, "end": end},
         "from the end of navigation to 6 x boundary, empirical (arXiv 2512.02826, Table 3: [0.1, 0.6] at a boundary of "
-        "0.1); it cannot be read off the curve of what the label adds, which is largest early. In a library where t = 1 "
-        f"is noise: [{1 - end:.3g}, {1 - start:.3g}]",
+        "0.1); it cannot be read off the curve of what the label adds, which is largest early. Where t = 1 is noise: "
+        f"[{1 - end:.3g}, {1 - start:.3g}]",
     )
 
 
