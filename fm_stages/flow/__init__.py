@@ -2,26 +2,38 @@
 
 from fm_stages.flow.generators import keyed_generator, keyed_normal, keyed_uniform, stratified_uniform
 from fm_stages.flow.paths import CosinePath, LinearPath, Path, VPPath, check_time, expand_time
+from fm_stages.flow.reshaped import (
+    ResolutionShiftedTimesteps,
+    ShiftedTimesteps,
+    TruncatedTimesteps,
+    shift_for_share,
+)
 from fm_stages.flow.sampling import sample
 from fm_stages.flow.solvers import euler, time_grid
+from fm_stages.flow.tabulated import TabulatedTimesteps
 from fm_stages.flow.timesteps import (
+    BetaTimesteps,
     LogitNormalTimesteps,
-    ShiftedTimesteps,
+    ModeTimesteps,
     TimestepSampler,
     UniformTimesteps,
-    shift_for_share,
     shift_time,
 )
 from fm_stages.flow.weighting import StageWeighting, UniformWeighting, Weighting
 
 __all__ = [
+    "BetaTimesteps",
     "CosinePath",
     "LinearPath",
     "LogitNormalTimesteps",
+    "ModeTimesteps",
     "Path",
+    "ResolutionShiftedTimesteps",
     "ShiftedTimesteps",
     "StageWeighting",
+    "TabulatedTimesteps",
     "TimestepSampler",
+    "TruncatedTimesteps",
     "UniformTimesteps",
     "UniformWeighting",
     "VPPath",

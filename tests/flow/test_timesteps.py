@@ -5,14 +5,20 @@ import math
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.optimize
 import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fm_stages.flow import (
+    BetaTimesteps,
     LogitNormalTimesteps,
+    ModeTimesteps,
+    ResolutionShiftedTimesteps,
     ShiftedTimesteps,
+    TabulatedTimesteps,
+    TruncatedTimesteps,
     UniformTimesteps,
     keyed_generator,
     shift_for_share,
@@ -24,12 +30,38 @@ LAST = 1 - 2**-24  # the float32 below 1
 
 
 def logit_normal_cdf(t, mean: float, std: float):
-    return scipy.stats.norm.cdf((np.log(t) - np.log1p(-t)) / std, loc=mean / std)
+    with np.errstate(divide="ignore"):  # logit(0) and logit(1) are what they should be
+        return scipy.stats.norm.cdf((np.log(t) - np.log1p(-t)) / std, loc=mean / std)
 
 
 def unshift(t, s: float):
     """From t' = t / (t + s (1 - t)), solved for t."""
     return s * t / (1 + (s - 1) * t)
+
+
+def mode_cdf(t, s: float):
+    """SD3's t = 1 - u - s (cos^2(pi u / 2) - 1 + u) with time reversed, solved for u one by one."""
+
+    def reversed_time(u: float) -> float:
+        return 1 - u - s * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+    return np.array([scipy.optimize.brentq(lambda u, x=x: 1 - reversed_time(u) - x, 0, 1, xtol=1e-15) for x in t])
+
+
+def truncated_cdf(t, low: float, high: float, mean: float, std: float):
+    below, above = (logit_normal_cdf(np.array(x), mean, std) for x in (low, high))
+    return np.clip((logit_normal_cdf(t, mean, std) - below) / (above - below), 0, 1)
+
+
+NODES, HEIGHTS = [0.0, 0.1037, 0.3521, 0.6013, 1.0], [0.2, 3.0, 1.0, 0.7, 0.0]
+
+
+def tabulated_cdf(t):
+    """By adding up the trapezoids."""
+    t = np.atleast_1d(t)
+    whole = np.trapezoid(HEIGHTS, NODES)
+    inner = [np.concatenate([[n for n in NODES if n < x], [x]]) for x in t]
+    return np.array([np.trapezoid(np.interp(nodes, NODES, HEIGHTS), nodes) for nodes in inner]) / whole
 
 
 # Each sampler with its distribution function, written independently of it
@@ -45,6 +77,13 @@ SAMPLERS = {
         lambda t: logit_normal_cdf(unshift(t, 2.0), -0.4, 1.2),
     ),
     "twice": (ShiftedTimesteps(2.0, ShiftedTimesteps(1.5)), lambda t: unshift(t, 3.0)),
+    "resolution": (ResolutionShiftedTimesteps(36_864), lambda t: unshift(t, 3.0)),
+    "middle": (ModeTimesteps(1.29), lambda t: mode_cdf(t, 1.29)),
+    "ends": (ModeTimesteps(-0.7), lambda t: mode_cdf(t, -0.7)),
+    "beta": (BetaTimesteps(1.5, 2.5), lambda t: scipy.stats.beta.cdf(t, 1.5, 2.5)),
+    "beta to the ends": (BetaTimesteps(0.8, 0.9), lambda t: scipy.stats.beta.cdf(t, 0.8, 0.9)),
+    "tabulated": (TabulatedTimesteps(NODES, HEIGHTS), tabulated_cdf),
+    "flat table": (TabulatedTimesteps([0.0, 0.3, 1.0]), lambda t: t),
 }
 every_sampler = pytest.mark.parametrize(("sampler", "cdf"), SAMPLERS.values(), ids=SAMPLERS.keys())
 
@@ -198,3 +237,76 @@ class TestShiftForShare:
     def test_refuses_what_no_shift_can_do(self, share, time):
         with pytest.raises(ValueError, match="no shift"):
             shift_for_share(share, time)
+
+
+class TestTruncated:
+    @pytest.mark.parametrize(("low", "high"), [(0.0, 0.3), (0.3, 1.0), (0.2, 0.25)])
+    def test_is_the_base_within_the_interval(self, low, high):
+        sampler = TruncatedTimesteps(low, high, LogitNormalTimesteps(-0.5, 1.1))
+        t = np.linspace(1e-4, 1 - 1e-4, 301)
+        np.testing.assert_allclose(sampler.cdf(wide(t)).numpy(), truncated_cdf(t, low, high, -0.5, 1.1), atol=1e-10)
+        u = np.linspace(1e-6, 1 - 1e-6, 301)
+        np.testing.assert_allclose(truncated_cdf(sampler.icdf(wide(u)).numpy(), low, high, -0.5, 1.1), u, atol=1e-9)
+        inside = scipy.integrate.quad(lambda x: sampler.log_prob(wide([x])).exp().item(), low, high)[0]
+        assert inside == pytest.approx(1, abs=1e-6)
+        outside = wide([x for x in (low - 0.05, high + 0.05) if 0 < x < 1])
+        assert torch.isinf(sampler.log_prob(outside)).all()
+
+    def test_draws_stay_inside(self):
+        draws = TruncatedTimesteps(0.3, 0.31, ShiftedTimesteps(5.0)).sample(10_000, keyed_generator("draws"))
+        assert 0.3 <= draws.min().item() <= draws.max().item() <= np.float32(0.31)
+
+    @pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (math.nan, 1.0)])
+    def test_refuses_what_is_no_interval(self, low, high):
+        with pytest.raises(ValueError, match="no interval"):
+            TruncatedTimesteps(low, high)
+
+    def test_refuses_an_interval_without_draws(self):
+        with pytest.raises(ValueError, match="no draws to speak of"):
+            TruncatedTimesteps(0.99, 1.0, LogitNormalTimesteps(-4.0, 0.5))
+
+
+class TestTabulated:
+    def test_a_new_density_is_drawn_from_at_once(self):
+        sampler = TabulatedTimesteps([0.0, 0.5, 1.0])
+        sampler.write([0.0, 0.0, 5.0])  # a triangle over [0.5, 1]
+        t = np.linspace(0.5, 1, 51)
+        np.testing.assert_allclose(sampler.cdf(wide(t)).numpy(), (2 * t - 1) ** 2, atol=1e-12)
+        np.testing.assert_allclose(sampler.icdf(wide([0.0, 0.25, 0.81])).numpy(), [0.5, 0.75, 0.95], atol=1e-12)
+        assert sampler.density == pytest.approx([0, 0, 4])
+
+    def test_nothing_is_drawn_from_an_empty_bin(self):
+        sampler = TabulatedTimesteps([0.0, 0.2, 0.4, 0.7, 1.0], [1.0, 0.0, 0.0, 1.0, 0.0])
+        draws = sampler.sample(20_000, keyed_generator("draws"))
+        assert not ((draws > 0.2001) & (draws < 0.3999)).any()
+
+    @pytest.mark.parametrize("nodes", [[0.0], [0.1, 1.0], [0.0, 0.9], [0.0, 0.5, 0.5, 1.0], [0.0, math.nan, 1.0]])
+    def test_refuses_nodes_that_do_not_rise_from_0_to_1(self, nodes):
+        with pytest.raises(ValueError, match="nodes"):
+            TabulatedTimesteps(nodes)
+
+    @pytest.mark.parametrize(
+        "density", [[1.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [math.inf, 1, 1]]
+    )
+    def test_refuses_what_is_no_density(self, density):
+        sampler = TabulatedTimesteps([0.0, 0.5, 1.0])
+        with pytest.raises(ValueError, match="one number of 0 or more"):
+            sampler.write(density)
+        assert sampler.density == [1, 1, 1]
+
+
+@pytest.mark.parametrize("scale", [-1.01, 1.76, math.nan])
+def test_mode_refuses_a_scale_for_which_t_does_not_rise(scale):
+    with pytest.raises(ValueError, match="scale"):
+        ModeTimesteps(scale)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_beta_refuses(alpha, beta):
+    with pytest.raises(ValueError, match="must be positive"):
+        BetaTimesteps(alpha, beta)
+
+
+def test_the_published_resolution_shift():
+    """RAE's latents of 768 x 16 x 16 values: 6.93."""
+    assert ResolutionShiftedTimesteps(768 * 16 * 16).shift == pytest.approx(6.93, abs=0.005)
