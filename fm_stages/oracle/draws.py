@@ -65,12 +65,12 @@ def measure_draws(
     """
     common = _CommonDraws(oracle, labels, index, seed)
     measured: dict[float, tuple[dict[str, dict[str, Tensor]], Tensor | None]] = {}
-    latest = min(oracle.path.max_time, LATEST)
+    latest = _float32(min(oracle.path.max_time, LATEST))  # what a time that is asked for comes back as
 
     with tqdm(total=num_times, desc="Stages", unit="time", disable=not progress) as bar:
 
         def measure(t: float) -> dict[str, dict[str, Tensor]]:
-            t = torch.tensor(min(t, latest), dtype=torch.float32).item()
+            t = min(_float32(t), latest)
             if t not in measured:
                 measured[t] = common.at(t)
                 bar.total = max(bar.total, len(measured))
@@ -113,7 +113,8 @@ class _CommonDraws:
         own = parts[ranks.rank_of(self.group)]
         self.labels = {kind: of_kind[own.to(of_kind.device)].to(bank.device) for kind, of_kind in labels.items()}
         self.x1 = bank.draw(index, keyed_generator("profile draws", seed))[own.to(bank.device)]
-        self.x0 = keyed_normal(("profile noise", seed), own, bank.shape).to(bank.device)
+        # of all draws, as the data: a rank may have no part of them
+        self.x0 = keyed_normal(("profile noise", seed), torch.arange(len(index)), bank.shape)[own].to(bank.device)
         # on every rank the same number of calls
         self.num_calls = max(1, math.ceil(max(self.sizes) * len(labels) * bank.num_dims / CHUNK))
 
@@ -202,13 +203,17 @@ def _middle_of_change(times: list[float], summary: Tensor) -> float | None:
         else:
             wide = _logit(high) - _logit(low) > NARROWEST
             centre = _sigmoid((_logit(low) + _logit(high)) / 2)
-        if wide and size > best:
+        if wide and size > best and low < _float32(centre) < high:  # near t = 1 float32 has few times to choose from
             best, middle = size, centre
     return middle
 
 
 def _least_median(values: dict[str, dict[str, Tensor]]) -> float:
     return min(kind["top1"].median().item() for kind in values.values())
+
+
+def _float32(t: float) -> float:
+    return torch.tensor(t, dtype=torch.float32).item()
 
 
 def _sigmoid(x: float) -> float:

@@ -174,15 +174,34 @@ def answers(case: Case, bank: DataBank, own: slice) -> dict[str, object]:
 
 def facts(case: Case, bank: DataBank) -> dict[str, object]:
     """What a bank knows, the same on all ranks."""
-    profile = StageProfile.measure(Oracle(bank, case.path, case.tolerance), 0.5, num_queries=16, num_times=4)
+    oracle = Oracle(bank, case.path, case.tolerance)
+    profile = StageProfile.measure(oracle, 0.5, num_queries=16, num_times=4, by_label=True)
     return {
         "mean": bank.mean,
         "covariance": bank.covariance(),
         "norms": torch.tensor([bank.rms_norm, bank.max_norm, bank.max_spread]).double(),
         "label_counts": bank.label_counts,
         "counts": (bank.num_rows, bank.num_distinct, len(bank), bank.classes, bank.has_labels, bank.shape),
-        **{f"profile.{name}": torch.tensor(x) for name, x in vars(profile).items() if not isinstance(x, str)},
+        **{f"profile.{name}": x for name, x in as_tensors(dataclasses.asdict(profile)).items()},
     }
+
+
+def as_tensors(fields: dict[str, object]) -> dict[str, object]:
+    """Numbers and lists of numbers, nested ones by name.name, as tensors; the rest as it is."""
+    found = {}
+    for name, x in fields.items():
+        if isinstance(x, dict):
+            found |= {f"{name}.{inner}": y for inner, y in as_tensors(x).items()}
+        else:
+            found[name] = x if x is None or isinstance(x, str) else torch.tensor(x)
+    return found
+
+
+def profiles(case: Case, bank: DataBank) -> dict[int, dict[str, object]]:
+    """Profiles by number of queries, of which some ranks may have none."""
+    oracle = Oracle(bank, case.path, case.tolerance)
+    found = {num: StageProfile.measure(oracle, 0.4, num_queries=num, num_times=12) for num in (1, 2, 3, 33)}
+    return {num: as_tensors(dataclasses.asdict(profile)) for num, profile in found.items()}
 
 
 def skipping(case: Case, bank: DataBank, own: slice) -> dict[str, object]:
@@ -351,6 +370,7 @@ def run(folder: FilePath, device: str) -> None:
     }
     left["skipping"] = skipping(case, bank, skippers(rank))
     left["nearest"] = bank.nearest
+    left["profiles"] = profiles(cases["classes"], cases["classes"].bank(device, rank, num_ranks, group))
     left["all skipped"] = oracle.target(x0, x0, torch.full_like(t, 0.9999), None, index)
 
     left["memory"] = memory(rank, num_ranks, group, device)

@@ -84,18 +84,30 @@ def alone(cases, device):
     return ask
 
 
-def assert_same(ours: object, expected: object, name: str, tol: float = 1e-6) -> None:
+def assert_same(ours: object, expected: object, name: str, tol: float = 1e-6, unit: float | None = None) -> None:
+    """Alike to a share of the largest value, or of a unit, for what is small by cancellation."""
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
         assert type(ours) is type(expected)
         assert torch.equal(ours, expected) if isinstance(expected, Tensor) else ours == expected, name
         return
     assert ours.shape == expected.shape, name
     assert ours.dtype == expected.dtype, name
-    finite = expected[expected.isfinite()]
-    unit = finite.abs().max().item() if len(finite) else 0.0
+    if unit is None:
+        finite = expected[expected.isfinite()]
+        unit = finite.abs().max().item() if len(finite) else 0.0
     torch.testing.assert_close(
         ours, expected, rtol=tol, atol=tol * unit, equal_nan=True, msg=lambda text: f"{name}: {text}"
     )
+
+
+def unit_of(name: str, facts: dict) -> float | None:
+    """What a standard error is small beside: its curve, or 1 for a time."""
+    if "time_sem" in name:
+        return 1.0
+    if "sem" not in name:
+        return None
+    curve = facts[name.replace("_sem", "").replace("sem.", "")]
+    return None if curve is None else curve.abs().max().item()
 
 
 CASES = list(sharded.make_cases(2))
@@ -116,9 +128,21 @@ class TestAsInOneProcess:
     def test_facts(self, left, alone, case):
         for name, expected in alone(case)[1].items():
             for rank in left:
-                assert_same(rank["facts"][case][name], expected, name, TOL.get(case, 2e-6))
+                unit = unit_of(name, alone(case)[1])
+                assert_same(rank["facts"][case][name], expected, name, TOL.get(case, 2e-6), unit)
                 # bit for bit the same everywhere: queries are centred at the mean, and stages steer training
                 assert_same(rank["facts"][case][name], left[0]["facts"][case][name], name, 0.0)
+
+    def test_stages_of_any_number_of_queries(self, left, cases, device):
+        """Also of fewer queries than ranks: the others have no part of them."""
+        alone = sharded.to_cpu(sharded.profiles(cases["classes"], cases["classes"].bank(device)))
+        for num, fields in alone.items():
+            for name, expected in fields.items():
+                for rank in left:
+                    assert_same(
+                        rank["profiles"][num][name], expected, f"{num} queries, {name}", 3e-6, unit_of(name, fields)
+                    )
+                    assert_same(rank["profiles"][num][name], left[0]["profiles"][num][name], name, 0.0)
 
     def test_comparison_sees_all_kinds_of_posterior(self, left, alone, cases):
         for case in ("plain LinearPath", "classes", "uint8", "several passes"):
