@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fm_stages.flow import TimestepSampler, UniformTimesteps, keyed_generator
+from fm_stages.flow import Path, TimestepSampler, UniformTimesteps, keyed_generator
 from fm_stages.oracle.draws import Draws, first_reaching, measure_draws, weighted_median
 from fm_stages.oracle.exact import Oracle
 
@@ -75,7 +77,7 @@ class StageProfile(StageCurves):
         rms_norm: root mean square norm of the rows, which tells other data apart.
         num_queries: queries per time.
         label_dropout: share of unconditional queries; 1 for a bank without labels.
-        path: class name of the path.
+        path: between noise and data, by `name_of`.
         unconditional: of queries without labels alone, if they were measured.
         conditional: of queries with labels alone, if they were measured.
         guidance: (T) E||u*_c - u*||^2 / D, what the label adds, if both were measured.
@@ -152,7 +154,7 @@ class StageProfile(StageCurves):
             rms_norm=bank.rms_norm,
             num_queries=num_queries,
             label_dropout=label_dropout,
-            path=type(oracle.path).__name__,
+            path=cls.name_of(oracle.path),
             guidance=None if draws.guidance is None else draws.guidance.mean(1).tolist(),
             guidance_sem=None if draws.guidance is None else _sem(draws.guidance).tolist(),
         )
@@ -168,17 +170,17 @@ class StageProfile(StageCurves):
             end: only draws up to here count.
 
         Returns:
-            Mean floor of those draws, per value, and a bound on its standard error (the queries are common to all
-            times, so errors are added up and not averaged out).
+            Mean floor of those draws, per value; a bound on its standard error (the times share their draws: a sum).
 
         Raises:
             ValueError: if the density has no draws there.
         """
-        u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-        t = (timesteps or UniformTimesteps()).icdf(u)
-        inside = t[(t >= start) & (t <= end)].numpy()
-        if not len(inside):
+        density = timesteps or UniformTimesteps()
+        low, high = density.cdf(torch.tensor([start, end], dtype=torch.float64).clamp(0, 1)).tolist()
+        if not low < high:
             raise ValueError(f"the density has no draws in [{start:.4g}, {end:.4g}]")
+        u = low + (high - low) * (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+        inside = density.icdf(u).numpy()
         floor, error = (np.interp(inside, self.t, values).mean() for values in (self.floor, self.sem["floor"]))
         return float(floor), float(error)
 
@@ -193,10 +195,10 @@ class StageProfile(StageCurves):
         """The profile as JSON text."""
         return json.dumps(asdict(self), indent=1, allow_nan=False)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | FilePath) -> None:
         """Write `to_json` to a file, making its folder."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(self.to_json() + "\n")
+        FilePath(path).parent.mkdir(parents=True, exist_ok=True)
+        FilePath(path).write_text(self.to_json() + "\n")
 
     @classmethod
     def from_json(cls, text: str) -> StageProfile:
@@ -213,7 +215,7 @@ class StageProfile(StageCurves):
         return profile
 
     @classmethod
-    def load(cls, path: str | Path) -> StageProfile:
+    def load(cls, path: str | FilePath) -> StageProfile:
         """Read the file of a profile.
 
         Raises:
@@ -221,22 +223,31 @@ class StageProfile(StageCurves):
             ValueError: if it holds something else.
         """
         try:
-            return cls.from_json(Path(path).read_text())
-        except (ValueError, UnicodeDecodeError) as error:
+            return cls.from_json(FilePath(path).read_text())
+        except ValueError as error:  # also of text that is none
             raise ValueError(f"{path}: {error}; `fm-stages profile` writes one") from error
 
     def check(self) -> None:
         """Raise a ValueError unless times increase, curves are as long as they, and all are numbers."""
-        if len(self.t) < 2 or any(b <= a for a, b in zip(self.t, self.t[1:], strict=False)):
-            raise ValueError("t is not a list of increasing times")
-        for name in THRESHOLDS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not a time in [0, 1]")
+        if len(self.t) < 2 or not all(0 <= a < b <= 1 for a, b in pairwise(self.t)):  # NaN is neither
+            raise ValueError("t is not a list of increasing times in [0, 1]")
+        if not 0 <= self.label_dropout <= 1 or not math.isfinite(self.rms_norm):
+            raise ValueError(f"label_dropout={self.label_dropout} is no share, or rms_norm={self.rms_norm} no number")
+        lists = [("guidance", values) for values in (self.guidance, self.guidance_sem) if values is not None]
         for curves in filter(None, (self, self.unconditional, self.conditional)):
-            for name in CURVES:
-                for values in (getattr(curves, name), curves.sem.get(name, [])):
-                    if len(values) != len(self.t) or not np.isfinite(values).all():
-                        raise ValueError(f"{name} does not hold one number for each of {len(self.t)} times")
+            for name in THRESHOLDS:
+                if not 0 <= getattr(curves, name) <= 1 or not math.isfinite(curves.time_sem.get(name, math.nan)):
+                    raise ValueError(f"{name}={getattr(curves, name)} is not a time in [0, 1] with a standard error")
+            lists += [(name, x) for name in CURVES for x in (getattr(curves, name), curves.sem.get(name, []))]
+        for name, values in lists:
+            if len(values) != len(self.t) or not np.isfinite(values).all():
+                raise ValueError(f"{name} does not hold one number for each of {len(self.t)} times")
+
+    @staticmethod
+    def name_of(path: Path) -> str:
+        """What a profile calls a path: its class, with the numbers that it was made with, if any."""
+        numbers = ", ".join(f"{name}={value}" for name, value in vars(path).items())
+        return type(path).__name__ + (f"({numbers})" if numbers else "")
 
 
 def _curves(draws: Draws, share: dict[str, float], counts: Tensor) -> dict[str, Any]:

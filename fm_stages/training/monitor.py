@@ -33,6 +33,7 @@ from fm_stages.training.loggers import log_curves, log_figure, log_metrics, run_
 from fm_stages.training.report import held_out_metrics, report, train_metrics
 from fm_stages.training.stages import (
     check_label_dropout,
+    density_of,
     describe_stages,
     expected_floors,
     label_dropout_of,
@@ -152,7 +153,7 @@ class OracleMonitor(L.Callback):
             source = f"measured in {time.perf_counter() - start:.0f} s"
         self._share = share
         self.wiener = linear_reference(bank, self.oracle.path)
-        density = getattr(pl_module, "timesteps", None)
+        density = density_of(pl_module)
         self._floors = {name: floor for name, (floor, _) in expected_floors(self.profile, density).items()}
         rank_zero_info(f"Oracle: stages {source}: {describe_stages(self.profile, density)}")
 

@@ -26,7 +26,7 @@ def read_profile(file: str | Path, oracle: Oracle) -> StageProfile:
     for name, there, here in (
         ("rows", profile.num_rows, bank.num_rows),
         ("values per row", profile.num_dims, bank.num_dims),
-        ("path", profile.path, type(oracle.path).__name__),
+        ("path", profile.path, StageProfile.name_of(oracle.path)),
     ):
         if there != here:
             raise ValueError(_other_data(file, f"{name}: {there} there, {here} here"))
@@ -45,7 +45,11 @@ def check_label_dropout(profile: StageProfile, share: float, file: str | Path) -
     """
     if abs(profile.label_dropout - share) > 0.01:  # a share may have been counted in one batch
         raise ValueError(
-            _other_data(file, f"share of unlabelled queries: {profile.label_dropout:.3g} there, {share:.3g} here")
+            _other_data(
+                file,
+                f"share of unlabelled queries: {profile.label_dropout:.3g} there, {share:.3g} here, as counted or as "
+                "OracleMonitor(label_dropout=...) tells it",
+            )
         )
 
 
@@ -69,6 +73,12 @@ def label_dropout_of(
     return seen if seen == 1.0 else getattr(pl_module, "label_dropout", seen)
 
 
+def density_of(pl_module: L.LightningModule) -> TimestepSampler | None:
+    """The density that a module draws t from, if it says so; in other code ``timesteps`` may be a number."""
+    timesteps = getattr(pl_module, "timesteps", None)
+    return timesteps if isinstance(timesteps, TimestepSampler) else None
+
+
 def describe_stages(profile: StageProfile, timesteps: TimestepSampler | None) -> str:
     """Where the stages lie, and what the regular loss of a run cannot go below."""
     text = (
@@ -77,7 +87,8 @@ def describe_stages(profile: StageProfile, timesteps: TimestepSampler | None) ->
     )
     floors = expected_floors(profile, timesteps)
     floor, error = floors["stages/floor"]
-    text += f" With t as this run draws it the regular loss cannot go below {floor:.4f} ± {error:.4f} on average"
+    draws = "With uniform t" if timesteps is None else "With t as this run draws it"
+    text += f" {draws} the regular loss cannot go below {floor:.4f} ± {error:.4f} on average"
     if "stages/floor_navigation" in floors:
         floor, error = floors["stages/floor_navigation"]
         text += f", before the boundary not below {floor:.4f} ± {error:.4f}"
