@@ -19,17 +19,31 @@ from fm_stages.flow.timesteps import (
     UniformTimesteps,
     shift_time,
 )
-from fm_stages.flow.weighting import StageWeighting, UniformWeighting, Weighting
+from fm_stages.flow.uncertainty import LearnedWeighting
+from fm_stages.flow.weighting import (
+    CosMapWeighting,
+    InverseErrorWeighting,
+    MinSNRWeighting,
+    SigmaSqrtWeighting,
+    StageWeighting,
+    UniformWeighting,
+    Weighting,
+)
 
 __all__ = [
     "BetaTimesteps",
+    "CosMapWeighting",
     "CosinePath",
+    "InverseErrorWeighting",
+    "LearnedWeighting",
     "LinearPath",
     "LogitNormalTimesteps",
+    "MinSNRWeighting",
     "ModeTimesteps",
     "Path",
     "ResolutionShiftedTimesteps",
     "ShiftedTimesteps",
+    "SigmaSqrtWeighting",
     "StageWeighting",
     "TabulatedTimesteps",
     "TimestepSampler",

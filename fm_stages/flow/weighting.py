@@ -1,69 +1,180 @@
-"""Loss weightings: how much the squared error at time t counts in the training objective."""
+"""Loss weightings: how much the squared error of the velocity at time t counts in the training objective.
+
+A weighting says only how weights compare; `Weighting.prepare` divides by their mean, so that a learning rate means the
+same under all of them.
+"""
+
+from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fm_stages.flow.paths import LinearPath, Path
 from fm_stages.flow.timesteps import TimestepSampler, UniformTimesteps
+
+NUM_QUANTILES = 2**16
+"""Of the density of t, over which weights are averaged."""
 
 
 class Weighting(ABC):
-    """A weight for each sample's loss, with mean 1 under the density that t is drawn from."""
+    """A weight for each sample's loss, with mean 1 under the density that t is drawn from.
+
+    Prepared for uniform t on the linear path until `prepare` says otherwise.
+    """
+
+    _path: Path = LinearPath()
+    _timesteps: TimestepSampler = UniformTimesteps()
+    _importance = False
+    _mean: float | None = None
 
     @abstractmethod
+    def relative(self, t: Tensor, path: Path) -> Tensor:
+        """Weights (B,) at times (B,), both float64, before their mean is made 1."""
+
+    def prepare(self, path: Path, timesteps: TimestepSampler, importance: bool = False) -> None:
+        """Make the mean 1 for this path and density.
+
+        Args:
+            path: between noise and data.
+            timesteps: the density that t is drawn from.
+            importance: whether weights are divided by the density, so that the objective is the one of uniform t
+                wherever t is drawn.
+
+        Raises:
+            ValueError: if the mean is infinite, as that of 1 / sigma^2 under uniform t.
+        """
+        self._path, self._timesteps, self._importance = path, timesteps, importance
+        density = UniformTimesteps() if importance else timesteps
+        coarse, fine = (self._average(density, num) for num in (NUM_QUANTILES // 64, NUM_QUANTILES))
+        if not 0 < fine < math.inf or fine > 1.2 * coarse:  # a mean that grows with the number of quantiles is infinite
+            raise ValueError(
+                f"the mean of {type(self).__name__} is infinite under {type(density).__name__} (or 0): give it a "
+                "largest weight, where it takes one, or choose another density"
+            )
+        self._mean = fine
+
     def __call__(self, t: Tensor) -> Tensor:
-        """Weights (B,) for times ``t`` (B,)."""
+        """Weights (B,) for times ``t`` (B,), in their dtype."""
+        if self._mean is None:
+            self.prepare(self._path, self._timesteps, self._importance)
+        assert self._mean is not None
+        wide = t.double()
+        weight = self.relative(wide, self._path) / self._mean
+        return (weight / self._timesteps.log_prob(wide).exp() if self._importance else weight).to(t.dtype)
+
+    def own_loss(self, t: Tensor, error: Tensor) -> Tensor | float:
+        """What a weighting with weights of its own minimises, given the errors (B,) at times (B,)."""
+        return 0.0
+
+    def _average(self, density: TimestepSampler, num: int) -> float:
+        u = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+        return self.relative(density.icdf(u).clamp(max=self._path.max_time), self._path).mean().item()
 
 
 class UniformWeighting(Weighting):
     """Every t counts alike: the density of t alone decides where the network learns."""
 
-    def __call__(self, t: Tensor) -> Tensor:
+    def relative(self, t: Tensor, path: Path) -> Tensor:
         """See `Weighting`."""
         return torch.ones_like(t)
+
+
+class MinSNRWeighting(Weighting):
+    """The error of the data prediction times min(SNR, gamma): w = min(alpha^2 / sigma^2, gamma) / A_t^2.
+
+    After arXiv 2303.09556, carried over to velocities: a velocity's error is A_t times that of the data.
+
+    Args:
+        gamma: where the signal-to-noise ratio is cut off.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"gamma must be positive, got {gamma}")
+        self.gamma = gamma
+
+    def relative(self, t: Tensor, path: Path) -> Tensor:
+        """See `Weighting`."""
+        # A_t = w / sigma: multiplied through by sigma^2, for at t = 1 both SNR and A_t are infinite
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return torch.minimum(alpha.square(), self.gamma * sigma.square()) / (path.mean_coefficient(t) * sigma).square()
+
+
+class SigmaSqrtWeighting(Weighting):
+    """w = 1 / sigma^2: "sigma_sqrt" in diffusers' `compute_loss_weighting_for_sd3`.
+
+    Args:
+        largest: of 1 / sigma^2, before the mean is made 1. Its mean under uniform t would be infinite without one.
+    """
+
+    def __init__(self, largest: float = 100.0) -> None:
+        if not largest > 1:
+            raise ValueError(f"the largest weight must be above 1, its smallest; got {largest}")
+        self.largest = largest
+
+    def relative(self, t: Tensor, path: Path) -> Tensor:
+        """See `Weighting`."""
+        return (1 / path.sigma(t).square()).clamp(max=self.largest)
+
+
+class CosMapWeighting(Weighting):
+    """w = 2 / (pi (1 - 2 sigma + 2 sigma^2)), most in the middle: "cosmap" in diffusers, after arXiv 2403.03206."""
+
+    def relative(self, t: Tensor, path: Path) -> Tensor:
+        """See `Weighting`."""
+        sigma = path.sigma(t)
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+
+
+class InverseErrorWeighting(Weighting):
+    """w = 1 / error(t) of a measured error, such as floor + gap: all times contribute alike to the loss.
+
+    Args:
+        t: increasing times (K).
+        error: measured there, positive (K); linear between them, constant beyond.
+    """
+
+    def __init__(self, t: Sequence[float], error: Sequence[float]) -> None:
+        if len(t) < 1 or len(t) != len(error) or any(b <= a for a, b in zip(t, t[1:], strict=False)):
+            raise ValueError(f"need increasing times and an error for each: got {len(t)} times, {len(error)} errors")
+        if not all(0 < e < math.inf for e in error):
+            raise ValueError(f"errors must be positive, got {list(error)}")
+        self.t, self.error = list(t), list(error)
+
+    def relative(self, t: Tensor, path: Path) -> Tensor:
+        """See `Weighting`."""
+        return torch.as_tensor(1 / np.interp(t.cpu().numpy(), self.t, self.error)).to(t)
 
 
 class StageWeighting(Weighting):
     """One weight for navigation and one for refinement, with a smooth hand-over at the boundary.
 
-    w(t) is proportional to ``refinement + (navigation - refinement) sigmoid((logit(boundary) - logit(t)) / width)``.
-    Only the ratio of the two weights counts: the mean over draws of t is 1.
+    w = refinement + (navigation - refinement) sigmoid((logit(boundary) - logit(t)) / width). Only their ratio counts.
 
     Args:
         boundary: between the stages, in (0, 1); `fm_stages.oracle.StageProfile` measures a data set's own.
         navigation: weight of early times, 0 or more.
         refinement: weight of late times, 0 or more.
         width: of the hand-over, in logit(t).
-        timesteps: the density that t is drawn from; uniform by default.
 
     Raises:
         ValueError: if the boundary is not inside (0, 1), a weight is negative, or both are 0.
     """
 
-    def __init__(
-        self,
-        boundary: float,
-        navigation: float,
-        refinement: float,
-        width: float = 0.25,
-        timesteps: TimestepSampler | None = None,
-    ) -> None:
+    def __init__(self, boundary: float, navigation: float, refinement: float, width: float = 0.25) -> None:
         if not 0 < boundary < 1 or not width > 0:
             raise ValueError(f"boundary={boundary} must lie in (0, 1) and width={width} be positive")
         if not all(0 <= weight < math.inf for weight in (navigation, refinement)) or navigation == refinement == 0:
             raise ValueError(f"navigation={navigation} and refinement={refinement} must be 0 or more, and not both 0")
         self.boundary, self.navigation, self.refinement, self.width = boundary, navigation, refinement, width
-        u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-        self._mean = self._unscaled((timesteps or UniformTimesteps()).icdf(u)).mean().item()
 
-    def _unscaled(self, t: Tensor) -> Tensor:
-        """Weights before their mean is made 1: (B,) float64."""
-        logit_boundary = math.log(self.boundary / (1 - self.boundary))
-        early = torch.sigmoid((logit_boundary - torch.logit(t.double())) / self.width)
-        return self.refinement + (self.navigation - self.refinement) * early
-
-    def __call__(self, t: Tensor) -> Tensor:
+    def relative(self, t: Tensor, path: Path) -> Tensor:
         """See `Weighting`."""
-        return (self._unscaled(t) / self._mean).to(t.dtype)
+        logit_boundary = math.log(self.boundary / (1 - self.boundary))
+        early = torch.sigmoid((logit_boundary - torch.logit(t)) / self.width)
+        return self.refinement + (self.navigation - self.refinement) * early

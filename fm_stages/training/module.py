@@ -39,6 +39,8 @@ class FlowMatching(L.LightningModule):
         timesteps: density that training draws t from; uniform by default.
         target: what the network regresses on; the conditional target by default.
         weighting: of the loss over t; uniform by default.
+        importance_weights: whether the loss is also divided by the density of t, so that the objective is that of
+            uniform t wherever t is drawn.
         optimizer: called with the parameters; AdamW with learning rate 1e-4 by default.
         warmup_steps: steps over which the learning rate rises linearly to its value.
         label_dropout: probability that a training sample's label is replaced by the null class.
@@ -54,6 +56,7 @@ class FlowMatching(L.LightningModule):
         timesteps: TimestepSampler | None = None,
         target: Target | None = None,
         weighting: Weighting | None = None,
+        importance_weights: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0),
         warmup_steps: int = 0,
         label_dropout: float = 0.1,
@@ -70,9 +73,10 @@ class FlowMatching(L.LightningModule):
         self.network = network
         self.network_ema = frozen_twin(network) if ema_decay else None
         self.path = path or LinearPath()
-        self.timesteps = timesteps or UniformTimesteps()
         self.target = target or ConditionalTarget()
         self.weighting = weighting or UniformWeighting()
+        self.importance_weights = importance_weights
+        self.draw_from(timesteps or UniformTimesteps())
         self.make_optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.label_dropout = label_dropout
@@ -83,6 +87,11 @@ class FlowMatching(L.LightningModule):
         self.val_loss_ema = MeanMetric()
         if compile:
             self.network.compile()  # in place: torch.compile(network) would rename every weight
+
+    def draw_from(self, timesteps: TimestepSampler) -> None:
+        """Draw t from this density from now on; the mean of the loss's weights stays 1."""
+        self.timesteps = timesteps
+        self.weighting.prepare(self.path, timesteps, self.importance_weights)
 
     def check_data(self, datamodule: Any) -> None:
         """Refuse data that the network was not built for, and a target that needs a bank where there is none.
@@ -137,11 +146,12 @@ class FlowMatching(L.LightningModule):
         x_t = self.path.interpolate(x0, x1, t)
         prediction = self.network(x_t, t, labels).float()
         target = self.target(self.path, x0, x1, t, labels, index)
-        loss = (self.weighting(t) * (prediction - target).square().flatten(1).mean(1)).mean()
+        error = (prediction - target).square().flatten(1).mean(1)  # (B,)
+        loss = (self.weighting(t) * error).mean()
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(t))
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(t))
         seen = {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "prediction": prediction.detach(), "labels": labels}
-        return {"loss": loss, **seen, **({} if index is None else {"index": index})}
+        return {"loss": loss + self.weighting.own_loss(t, error), **seen, **({} if index is None else {"index": index})}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Regular loss at uniform t on held-out data, of raw and EMA weights; noise and t are fixed per image."""
@@ -167,7 +177,8 @@ class FlowMatching(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and linear warm-up by step where asked for."""
-        optimizer = self.make_optimizer(p for p in self.network.parameters() if p.requires_grad)
+        learned = [self.network, *([self.weighting] if isinstance(self.weighting, nn.Module) else [])]
+        optimizer = self.make_optimizer(p for part in learned for p in part.parameters() if p.requires_grad)
         if not self.warmup_steps:
             return optimizer
         warmup = LinearLR(optimizer, start_factor=1 / (self.warmup_steps + 1), total_iters=self.warmup_steps)

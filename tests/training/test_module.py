@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from fm_stages.data import Digits
 from fm_stages.flow import (
     CosinePath,
+    LearnedWeighting,
     LinearPath,
     LogitNormalTimesteps,
     ShiftedTimesteps,
@@ -25,8 +26,8 @@ CONTRACT = {"loss", "x0", "x1", "x_t", "t", "prediction", "labels"}
 
 
 class Early(Weighting):
-    def __call__(self, t):
-        return 3 * (1 - t) ** 2
+    def relative(self, t, path):
+        return 7 * (1 - t) ** 2  # of mean 1 it is 3 (1 - t)^2
 
 
 class Spy(nn.Module):
@@ -115,6 +116,28 @@ class TestLoss:
         error = (v - path.velocity(x0, x1, t)).square().flatten(1).mean(1)
         weight = 3 * (1 - t) ** 2 if isinstance(weighting, Early) else 1.0
         assert outputs["loss"].item() == pytest.approx((weight * error).mean().item(), rel=1e-6)
+
+    def test_importance_weights_divide_by_the_density(self, make_module, attach, batch):
+        timesteps = LogitNormalTimesteps(-0.5, 1.0)
+        module = attach(make_module(weighting=Early(), timesteps=timesteps, importance_weights=True))
+        outputs = module.training_step(batch, 0)
+        x0, x1, t, v = (outputs[name].double() for name in ("x0", "x1", "t", "prediction"))
+        error = (v - (x1 - x0)).square().flatten(1).mean(1)
+        z = torch.logit(t) + 0.5
+        density = torch.exp(-(z**2) / 2) / (2 * torch.pi) ** 0.5 / (t * (1 - t))
+        assert outputs["loss"].item() == pytest.approx((3 * (1 - t) ** 2 / density * error).mean().item(), rel=1e-5)
+
+    def test_a_learned_weighting_trains_with_the_network(self, make_module, attach, batch):
+        module = attach(make_module(weighting=LearnedWeighting()))
+        trained = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
+        parts = (*module.network.parameters(), *module.weighting.parameters())
+        assert trained == {id(p) for p in parts if p.requires_grad}
+        outputs = module.training_step(batch, 0)
+        outputs["loss"].backward()
+        v = outputs["prediction"]
+        error = (v - (outputs["x1"] - outputs["x0"])).square().flatten(1).mean(1)
+        assert outputs["loss"].item() == pytest.approx(2 * error.mean().item(), rel=1e-5)  # u = 0: error, and error + 0
+        assert module.weighting.linear.bias.grad.item() == pytest.approx((1 - error).mean().item(), rel=1e-4)
 
     def test_of_the_oracle_target(self, make_module, attach, make_data, batch, by_definition):
         data = make_data()
