@@ -3,7 +3,13 @@
 from fm_stages.oracle.bank import DataBank
 from fm_stages.oracle.curves import Curves, TimestepCurves, timestep_bins
 from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
-from fm_stages.oracle.estimators import ClassBanks, SharedBatchOracle, TemperedOracle
+from fm_stages.oracle.estimators import (
+    ClassBanks,
+    SharedBatchOracle,
+    SubsetBank,
+    SubsetOracle,
+    TemperedOracle,
+)
 from fm_stages.oracle.exact import Oracle, Posterior
 from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, oracle_of
 from fm_stages.oracle.neighbours import largest_weights, nearest_rows
@@ -27,6 +33,8 @@ __all__ = [
     "SharedBatchOracle",
     "StageCurves",
     "StageProfile",
+    "SubsetBank",
+    "SubsetOracle",
     "TemperedOracle",
     "TimestepCurves",
     "Wiener",

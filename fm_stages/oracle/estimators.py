@@ -145,8 +145,8 @@ class ClassBanks:
         if not pools:
             raise ValueError("the pools are empty: push rows first")
         labels = torch.cat([torch.full((len(rows),), label) for label, rows in pools])
-        bank = _Subset(torch.cat([rows for _, rows in pools]), labels)
-        return _SubsetOracle(bank, path, f"class banks of at most {self.size} rows, float16", null)
+        bank = SubsetBank(torch.cat([rows for _, rows in pools]), labels)
+        return SubsetOracle(bank, path, f"class banks of at most {self.size} rows, float16", null)
 
 
 class SharedBatchOracle:
@@ -182,7 +182,7 @@ class SharedBatchOracle:
             raise ValueError(f"a batch of {len(x1)} rows does not fit into a reference of {self.num_reference}")
         further = torch.randint(self.bank.num_rows, (num_further,), generator=self.generator)
         rows = torch.cat([x1.float(), self.bank.rows(further).reshape(-1, *self.bank.shape)])
-        return _SubsetOracle(_Unlabelled(rows), self.path, self.approximate)
+        return SubsetOracle(_Unlabelled(rows), self.path, self.approximate)
 
     def target(
         self, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
@@ -195,7 +195,7 @@ class SharedBatchOracle:
         return self.of_batch(x1).target(x0, x1, t)
 
 
-class _Subset(DataBank):
+class SubsetBank(DataBank):
     """Some rows, of which an index in the data set says nothing."""
 
     def rows_of_all(self, index: Tensor, sizes: list[int]) -> Tensor:
@@ -205,14 +205,14 @@ class _Subset(DataBank):
         )
 
 
-class _Unlabelled(_Subset):
+class _Unlabelled(SubsetBank):
     """The same whatever the label."""
 
     def slice_of(self, label: int) -> slice:
         return slice(0, self.num_stored)
 
 
-class _SubsetOracle(Oracle):
+class SubsetOracle(Oracle):
     """The exact oracle of a few rows in place of the training set.
 
     Args:

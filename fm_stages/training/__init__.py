@@ -8,13 +8,23 @@ from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid
-from fm_stages.training.targets import ConditionalTarget, HybridTarget, OracleTarget, Target
+from fm_stages.training.subset_targets import ClassSubsetTarget, SharedBatchTarget
+from fm_stages.training.targets import (
+    BlendTarget,
+    ConditionalTarget,
+    HybridTarget,
+    OracleTarget,
+    Target,
+    TemperedTarget,
+)
 from fm_stages.training.throughput import Throughput
 
 __all__ = [
     "CONFIG_KEY",
     "QUANTITIES",
+    "BlendTarget",
     "Checkpoints",
+    "ClassSubsetTarget",
     "ConditionalTarget",
     "FlowMatching",
     "HeldOut",
@@ -22,7 +32,9 @@ __all__ = [
     "OracleMonitor",
     "OracleTarget",
     "SampleGrid",
+    "SharedBatchTarget",
     "Target",
+    "TemperedTarget",
     "Throughput",
     "TrainingCLI",
     "choose_wandb_mode",

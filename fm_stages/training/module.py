@@ -143,6 +143,8 @@ class FlowMatching(L.LightningModule):
         """Draw t, noise and label dropout; interpolate; predict; regress. Returns what callbacks need."""
         x1, labels, position, index = self._unpack(batch, batch_idx)
         t, x0, labels = self._draw(x1, labels, position)
+        self.target.step = self.trainer.global_step
+        x1, index = self.target.draw_data(x1, labels, index, position)
         x_t = self.path.interpolate(x0, x1, t)
         prediction = self.network(x_t, t, labels).float()
         target = self.target(self.path, x0, x1, t, labels, index)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from fm_stages.flow import Path
-from fm_stages.oracle import Oracle
+from fm_stages.flow import Path, expand_time
+from fm_stages.oracle import Oracle, TemperedOracle
 
 
 class Target(ABC):
@@ -19,12 +22,28 @@ class Target(ABC):
     can_skip = False
     """Whether it asks at all times, so that some queries could be skipped (`fm_stages.oracle.measure_nearest`)."""
 
+    step = 0
+    """Optimizer step that the next call belongs to, which keys what a target draws."""
+
     def __init__(self) -> None:
         self.oracle: Oracle | None = None
 
     def attach(self, oracle: Oracle) -> None:
         """Hand over the oracle of the training set."""
         self.oracle = oracle
+
+    def draw_data(
+        self, x1: Tensor, labels: Tensor, index: Tensor | None, position: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Data (B, ...) and rows (B,) to train on in place of the batch's; the batch itself, unless a target says else.
+
+        Args:
+            x1: (B, ...) the batch.
+            labels: (B,) int64 as the network will see them.
+            index: (B,) int64 rows of the training set, where the data knows them.
+            position: (B,) places in the global batch.
+        """
+        return x1, index
 
     @abstractmethod
     def __call__(
@@ -113,3 +132,61 @@ class HybridTarget(Target):
             subset = [None if each is None else each[early] for each in (labels, index)]
             target[early] = self._oracle().target(x0[early], x1[early], t[early], *subset).to(target.dtype)
         return target
+
+
+class BlendTarget(Target):
+    """A share of the oracle and the rest of the conditional target, by t.
+
+    Args:
+        t: increasing times (K).
+        share: of the oracle at these times, in [0, 1]; linear between them, constant beyond.
+
+    Raises:
+        ValueError: if the times do not increase, or a share is outside [0, 1].
+    """
+
+    needs_oracle = True
+    can_skip = True
+
+    def __init__(self, t: Sequence[float], share: Sequence[float]) -> None:
+        super().__init__()
+        if len(t) < 1 or len(t) != len(share) or any(b <= a for a, b in zip(t, t[1:], strict=False)):
+            raise ValueError(f"need increasing times and a share for each: got t={list(t)}, share={list(share)}")
+        if not all(0 <= s <= 1 for s in share):
+            raise ValueError(f"shares of the oracle lie in [0, 1], got {list(share)}")
+        self.t, self.share = list(t), list(share)
+
+    def __call__(
+        self, path: Path, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """See `Target`."""
+        oracle = self._oracle()
+        best = oracle.target(x0, x1, t, labels, index if oracle.collapses else None)
+        share = torch.as_tensor(np.interp(t.cpu().numpy(), self.t, self.share)).to(t)
+        return torch.lerp(path.velocity(x0, x1, t), best, expand_time(share, best))
+
+
+class TemperedTarget(Target):
+    """The velocity of the tempered posterior (`fm_stages.oracle.TemperedOracle`): approximate, on purpose.
+
+    Args:
+        temperature: of the posterior's logits; above 1 it is flatter.
+    """
+
+    needs_oracle = True
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"a temperature is positive and finite, got {temperature}")
+        self.temperature = temperature
+
+    def attach(self, oracle: Oracle) -> None:
+        """See `Target`."""
+        super().attach(TemperedOracle(oracle.bank, oracle.path, self.temperature, oracle.tolerance))
+
+    def __call__(
+        self, path: Path, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """See `Target`."""
+        return self._oracle().target(x0, x1, t, labels)

@@ -7,7 +7,7 @@ import torch
 
 from fm_stages.flow import CosinePath, LinearPath
 from fm_stages.oracle import DataBank, GaussianMixtureBank, MixtureOracle, Oracle
-from fm_stages.training import ConditionalTarget, HybridTarget, OracleTarget
+from fm_stages.training import BlendTarget, ConditionalTarget, HybridTarget, OracleTarget, TemperedTarget
 
 
 @pytest.fixture(params=[LinearPath(), CosinePath()], ids=["linear", "cosine"])
@@ -119,3 +119,47 @@ class TestHybrid:
         target = OracleTarget()
         target.attach(oracle)
         assert torch.equal(target(path, x0, x1, t), oracle.target(x0, x1, t))
+
+
+def attached(target, oracle):
+    target.attach(oracle)
+    return target
+
+
+class TestBlend:
+    def test_is_the_share_of_each(self, draws):
+        path, oracle, x0, x1, t, labels, index = draws
+        blend = attached(BlendTarget([0.2, 0.6], [1.0, 0.0]), oracle)(path, x0, x1, t, labels, index)
+        best = attached(OracleTarget(), oracle)(path, x0, x1, t, labels, index)
+        usual = path.velocity(x0, x1, t)
+        for i, share in enumerate([1.0, 1.0, 0.5, 0.0, 0.0, 0.75]):  # t = 0.05, 0.2, 0.4, 0.6, 0.8, 0.3
+            assert torch.allclose(blend[i], share * best[i] + (1 - share) * usual[i], atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("t", "share"), [([], []), ([0.1], [0.5, 0.5]), ([0.2, 0.1], [1, 0]), ([0.1, 0.2], [1, 1.1]), ([0.1], [-0.1])]
+    )
+    def test_refuses(self, t, share):
+        with pytest.raises(ValueError, match="share"):
+            BlendTarget(t, share)
+
+
+class TestTempered:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+    def test_divides_the_logits(self, draws, temperature):
+        path, oracle, x0, x1, t, labels, index = draws
+        found = attached(TemperedTarget(temperature), oracle)(path, x0, x1, t, labels, index).double()
+        rows, row_labels = oracle.bank.rows(torch.arange(12)).double(), oracle.bank.labels_of(torch.arange(12))
+        for i in range(6):
+            a, s = (f(t[i : i + 1].double()) for f in (path.alpha, path.sigma))
+            x_t = (a * x1[i] + s * x0[i]).double()
+            logits = -(x_t - a * rows).square().flatten(1).sum(1) / (2 * s**2) / temperature
+            if labels[i] != -1:
+                logits[row_labels != labels[i]] = -torch.inf
+            mean = (torch.softmax(logits, 0)[:, None, None, None] * rows).sum(0)
+            expected = path.velocity_from_mean(mean[None], x_t[None], t[i : i + 1].double())[0]
+            assert torch.allclose(found[i], expected, atol=1e-4)
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+    def test_refuses(self, temperature):
+        with pytest.raises(ValueError, match="temperature"):
+            TemperedTarget(temperature)
