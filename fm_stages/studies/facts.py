@@ -32,10 +32,12 @@ class Facts:
     Attributes:
         num_rows: N.
         num_distinct: rows that differ.
-        num_constant: rows whose values are all the same.
+        num_constant: rows of several values that are all the same.
         num_dims: D.
         num_classes: 0 without labels.
-        smallest_class: its label and number of rows; None without labels.
+        single_classes: labels of classes with one row.
+        lowest: value.
+        highest: value.
         mean: over all values.
         std: over all values.
         effective_dims: participation ratio (tr C)^2 / tr C^2 of the covariance C, from `SAMPLE` rows.
@@ -47,11 +49,21 @@ class Facts:
     num_constant: int
     num_dims: int
     num_classes: int
-    smallest_class: tuple[int, int] | None
+    single_classes: list[int]
+    lowest: float
+    highest: float
     mean: float
     std: float
     effective_dims: float
     nearest_distance: float
+
+
+def check_distinct(bank: DataBank) -> None:
+    """Raise a ValueError if there are fewer than two distinct rows."""
+    if bank.num_distinct < 2:
+        raise ValueError(
+            f"{bank.num_rows} rows, {bank.num_distinct} distinct: stages need at least two rows that differ"
+        )
 
 
 def facts_of(bank: DataBank, seed: int = 0) -> Facts:
@@ -60,26 +72,26 @@ def facts_of(bank: DataBank, seed: int = 0) -> Facts:
     Raises:
         ValueError: if there are fewer than two distinct rows.
     """
-    if bank.num_distinct < 2:
-        raise ValueError(
-            f"{bank.num_rows} rows, {bank.num_distinct} distinct: stages need at least two rows that differ"
-        )
-    total, constant = 0.0, 0
+    check_distinct(bank)
+    total, constant, lowest, highest = 0.0, 0, math.inf, -math.inf
     mean = bank.mean.mean().item()
     for rows in _pieces(bank):
+        low, high = rows.amin(1), rows.amax(1)
         total += (rows.double() - mean).square().sum().item()
-        constant += int((rows.amax(1) == rows.amin(1)).sum())
+        constant += int((low == high).sum())
+        lowest, highest = min(lowest, low.min().item()), max(highest, high.max().item())
     counts = bank.label_counts
-    smallest = min(counts, key=lambda label: counts[label]) if counts else None
     generator = keyed_generator("facts", seed)
     order = torch.randperm(bank.num_rows, generator=generator)
     return Facts(
         num_rows=bank.num_rows,
         num_distinct=bank.num_distinct,
-        num_constant=constant,
+        num_constant=constant if bank.num_dims > 1 else 0,
         num_dims=bank.num_dims,
         num_classes=len(counts),
-        smallest_class=None if smallest is None else (smallest, counts[smallest]),
+        single_classes=[label for label, count in counts.items() if count == 1],
+        lowest=lowest,
+        highest=highest,
         mean=mean,
         std=math.sqrt(total / (bank.num_rows * bank.num_dims)),
         effective_dims=effective_dims(bank.rows(order[:SAMPLE]).flatten(1).double() - bank.mean),
@@ -97,17 +109,19 @@ def warnings_of(facts: Facts) -> list[str]:
         )
     if facts.num_constant:
         found.append(f"{facts.num_constant} rows are constant, the same value everywhere: are these images broken?")
-    if facts.smallest_class and facts.smallest_class[1] == 1:
+    if single := facts.single_classes:
+        which = f"class {single[0]} has" if len(single) == 1 else f"{len(single)} classes, {single[0]} first, have"
         found.append(
-            f"class {facts.smallest_class[0]} has a single sample: with its label the posterior is that sample at "
-            "every t, and a network can only memorize it."
+            f"{which} a single sample: with such a label the posterior is that sample at every t, and a network can "
+            "only memorize it."
         )
     low, high = USUAL_STD
-    if not low <= facts.std <= high or abs(facts.mean) > 2 * facts.std:
+    if not low <= facts.std <= high or abs(facts.mean) > 2 * facts.std or facts.lowest >= 0:
         found.append(
-            f"values have mean {facts.mean:.3g} and std {facts.std:.3g}, the noise 0 and 1: this data is not "
-            "normalised, and its stages lie where no recipe expects them. Subtract the mean and divide by the std "
-            "(DataBank's scale and shift do it), or give the data module that training uses."
+            f"values lie in [{facts.lowest:.3g}, {facts.highest:.3g}] with mean {facts.mean:.3g} and std "
+            f"{facts.std:.3g}, those of the noise are 0 and 1: this data is not normalised, and its stages lie where "
+            "no recipe expects them. Subtract the mean and divide by the std, or give the data module that training "
+            "uses. Pixels in 0..255 that are stored as uint8 are taken as [-1, 1]."
         )
     return found
 

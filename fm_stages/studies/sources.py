@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages import flow
 from fm_stages.data import read_rows
 from fm_stages.flow import LinearPath, keyed_generator
 from fm_stages.oracle import DataBank
+from fm_stages.studies.facts import check_distinct
 from fm_stages.training import CONFIG_KEY, read_checkpoint
 
 FILES = (".npy", ".safetensors")
@@ -47,7 +51,7 @@ def open_source(
     seed: int = 0,
     image_size: int | None = None,
     path: flow.Path | None = None,
-    labels: bool = True,
+    labels: bool | None = None,
 ) -> Source:
     """Read the training set that a word of the command line names.
 
@@ -59,36 +63,62 @@ def open_source(
         seed: of that draw.
         image_size: side of the images of a folder.
         path: between noise and data; None: the config's, or else the linear one.
-        labels: whether to keep the labels, if there are any.
+        labels: whether to keep the labels; None: if there are any.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: if it cannot be read, or has fewer rows.
+        ValueError: if it cannot be read, has fewer rows, less than two that differ, or no labels to keep.
         FileNotFoundError: if there is no such file.
     """
-    name, spec = _split_name(spec)
+    name, place = _split_name(spec)
+    try:
+        source = _open(name, place, rows, seed, image_size, path, labels is not False)
+        if labels and not source.bank.has_labels:
+            raise ValueError("there are no labels: leave --labels out")
+        check_distinct(source.bank)
+    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"--data {spec}: {error}") from error
+    return source
+
+
+def _open(
+    name: str, spec: str, rows: int | None, seed: int, image_size: int | None, path: flow.Path | None, labels: bool
+) -> Source:
+    """`open_source`, without a name before it."""
     file = Path(spec).expanduser()
     is_mapping = spec.startswith("{")
-    if file.suffix in (*CONFIGS, ".ckpt") and not is_mapping:
-        section, own_path, label_dropout = _read_config(file)
-        source = _of_module(name or file.stem, section, path or own_path, label_dropout)
-    elif not is_mapping and (file.exists() or file.suffix in FILES or "/" in spec):
+    is_config = file.suffix in (*CONFIGS, ".ckpt") and not is_mapping
+    if not is_config and not is_mapping and (file.exists() or file.suffix in FILES or "/" in spec):
         read = read_rows(file, image_size, rows, seed)
         bank = DataBank(read.x1, read.labels if labels else None, read.scale, read.shift)
-        return Source(name or file.stem, bank, read.num_in_all, path or LinearPath())
+        return Source(name or _name_of(file), bank, read.num_in_all, path or LinearPath())
+    if image_size is not None:
+        raise ValueError(f"--image_size {image_size} is for a folder of images; a data module has an argument for it")
+    if is_config:
+        section, own_path, label_dropout = _read_config(file)
+        source = _of_module(name or file.stem, section, path or own_path, label_dropout)
     else:
         section = yaml.safe_load(spec) if is_mapping else {"class_path": spec}
-        source = _of_module(name or str(section["class_path"]).rpartition(".")[2], section, path or LinearPath())
+        if not isinstance(section.get("class_path"), str):
+            raise ValueError("a mapping needs a class_path, with a space after each colon: {class_path: Digits}")
+        source = _of_module(name or section["class_path"].rpartition(".")[2], section, path or LinearPath())
     if rows is not None or (source.bank.has_labels and not labels):
         source.bank = source.bank.subset(_some(source.num_rows, rows, seed), labels)
     return source
 
 
+def _name_of(file: Path) -> str:
+    """The last part of a path, without what tells the kind of a file."""
+    file = Path(os.path.abspath(file))  # of "." and ".." as well
+    return (file.name if file.is_dir() else file.stem) or "data"
+
+
 def _split_name(spec: str) -> tuple[str, str]:
     """The name before ``=``, if there is one, and the rest."""
-    match = re.fullmatch(r"([\w.-]+)=(.+)", spec)
+    match = re.fullmatch(r"(\w[\w.-]*)=(.+)", spec)
     return (match[1], match[2]) if match and not Path(spec).exists() else ("", spec)
 
 
@@ -111,9 +141,16 @@ def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
 
 def _of_module(name: str, section: Any, path: flow.Path, label_dropout: float | None = None) -> Source:
     """The bank of the data module that a section of a config describes."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
-    data: Any = parser.instantiate_classes(parser.parse_object({"data": section})).data
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=L.LightningDataModule, required=True)
+    try:
+        data: Any = parser.instantiate_classes(parser.parse_object({"data": section})).data
+    except ArgumentError as error:
+        reason = str(error).removeprefix('Parser key "data":').strip()
+        raise ValueError(
+            f"{reason}; what is no file is the class path of a data module, as Digits, FashionMNIST, CIFAR10 or "
+            "ImageFolder, or {class_path: ..., init_args: {...}}"
+        ) from error
     if not hasattr(data, "bank"):
         raise ValueError(f"{type(data).__name__} has no bank(): a data module says there what its training set is")
     data.prepare_data()
