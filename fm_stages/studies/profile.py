@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
@@ -15,8 +21,12 @@ from fm_stages.oracle import Oracle
 from fm_stages.studies.pictures import draw_pictures
 from fm_stages.studies.profile_text import comparison, summary
 from fm_stages.studies.recommend import SHARE
-from fm_stages.studies.sources import open_source
+from fm_stages.studies.sources import Source, open_source
 from fm_stages.studies.study import LABEL_DROPOUT, Study, study_stages
+from fm_stages.studies.trends import has_trend
+
+FIGURES = ("trends", "posterior", "oracle_paths")
+"""Those that not every run draws."""
 
 
 def profile_parser() -> ArgumentParser:
@@ -31,10 +41,16 @@ def profile_parser() -> ArgumentParser:
         "init_args: {...}}, a .npy or .safetensors file, a folder of images or of latents; NAME=... names one",
     )
     parser.add_argument(
-        "--path", type=flow.Path | None, default=None, help="between noise and data; default: the config's, or linear"
+        "--path",
+        type=flow.Path,
+        default=None,
+        help="LinearPath, CosinePath or VPPath; default: the config's, or linear",
     )
     parser.add_argument(
-        "--labels", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="use the labels"
+        "--labels",
+        action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+        default=None,
+        help="use the labels; default: if there are any",
     )
     parser.add_argument(
         "--label_dropout",
@@ -44,9 +60,9 @@ def profile_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--timesteps",
-        type=TimestepSampler | None,
+        type=TimestepSampler,
         default=None,
-        help="density of t for the expected floor of the loss; default: uniform",
+        help="density of t for the expected floor of the loss, as LogitNormalTimesteps; default: uniform",
     )
     parser.add_argument("--share", type=float, default=SHARE, help="of draws (or steps) to spend early")
     parser.add_argument("--rows", type=int | None, default=None, help="draw this many rows at random; default: all")
@@ -72,29 +88,43 @@ def profile_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages profile``; None: of this process.
     """
+    options = _parse(sys.argv[2:] if arguments is None else arguments)
+    device = _check(options)
+    sources, out = _sources(options), _folder(options.out)
+    try:
+        _measure(options, sources, out, device)
+    except KeyboardInterrupt:
+        print(f"\nfm-stages: interrupted; what was finished is in {out}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> Namespace:
+    """The options, path and density as objects."""
     parser = profile_parser()
-    parsed = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
-    options = parser.instantiate_classes(parsed)
-    _check(options)
-    out = Path(options.out)
+    try:
+        return parser.instantiate_classes(parser.parse_args(arguments))
+    except ArgumentError as error:
+        reason = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", str(error))
+        raise ValueError(f"{reason} (fm-stages profile --help lists what can be given)") from error
+
+
+def _measure(options: Namespace, sources: list[Source], out: Path, device: str) -> None:
+    """Measure, print, draw and log one training set after the other, and then all together."""
+    measured = {name: options[name] for name in ("label_dropout", "timesteps", "share", "trends")}
+    measured |= {name: options[name] for name in ("num_queries", "num_times", "seed")}
     studies: list[Study] = []
-    for spec in options.data:
-        source = open_source(spec, options.rows, options.seed, options.image_size, options.path, options.labels)
-        if any(source.name == other.source.name for other in studies):
-            source.name = f"{source.name}-{len(studies) + 1}"
-        source.bank.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for source in sources:
+        source.bank.to(device)
         print(f"\n{source.name}: {source.bank}", flush=True)
-        measured = {name: options[name] for name in ("label_dropout", "timesteps", "share", "trends")}
-        study = study_stages(
-            source, **measured, num_queries=options.num_queries, num_times=options.num_times, seed=options.seed
-        )
+        study = study_stages(source, **measured)
         studies.append(study)
         folder = out / source.name if len(options.data) > 1 else out
         _write(study, folder)
         print("\n" + summary(study))
         if options.pictures:
             curves = study.profile.unconditional or study.profile
-            draw_pictures(Oracle(source.bank, source.path), curves.boundary, folder, seed=options.seed)
+            with _notes():
+                draw_pictures(Oracle(source.bank, source.path), curves.boundary, folder, seed=options.seed)
         print(f"\nFigures and JSON: {folder}")
     if len(studies) > 1:
         print("\n" + comparison(studies))
@@ -108,19 +138,68 @@ def profile_command(arguments: list[str] | None = None) -> None:
         log_studies(studies, options.wandb, out)
 
 
-def _check(options: Namespace) -> None:
-    """Refuse what would fail after a long measurement."""
+def _check(options: Namespace) -> str:
+    """Refuse what would fail after a long measurement; the device to measure on."""
     if not 0 < options.share < 1:
         raise ValueError(f"--share {options.share} must lie in (0, 1)")
     if options.label_dropout is not None and not 0 <= options.label_dropout <= 1:
         raise ValueError(f"--label_dropout {options.label_dropout} must lie in [0, 1]")
-    if options.num_queries < 2 or options.num_times < 3:
-        raise ValueError(f"--num_queries {options.num_queries} must be 2 or more, --num_times {options.num_times} 3")
+    for name, least in (("num_queries", 2), ("num_times", 3)):
+        if options[name] < least:
+            raise ValueError(f"--{name} {options[name]} must be {least} or more")
+    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0]
+        raise ValueError(f"--device {device} cannot be used, leave it out or take cpu: {reason}") from error
+    return device
+
+
+def _sources(options: Namespace) -> list[Source]:
+    """All training sets, each with a name of its own, before the first is measured."""
+    sources: list[Source] = []
+    for spec in options.data:
+        with _notes():
+            source = open_source(spec, options.rows, options.seed, options.image_size, options.path, options.labels)
+        taken, plain, number = {other.name for other in sources}, source.name, len(sources) + 1
+        while source.name in taken:
+            source.name, number = f"{plain}-{number}", number + 1
+        if options.trends and not has_trend(source.bank):
+            raise ValueError(
+                f"--trends halves the rows, but {source.name} has only {source.bank.num_rows}: leave it out"
+            )
+        sources.append(source)
+    if options.label_dropout not in (None, 1) and not any(source.bank.has_labels for source in sources):
+        raise ValueError(f"--label_dropout {options.label_dropout} is for labels, and none are used: leave it out")
+    return sources
+
+
+def _folder(out: str) -> Path:
+    """Make the folder of the results, before they are measured."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}): give another folder") from error
+    return Path(out)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print warnings as lines of the report."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"Note: {warning.message}")
 
 
 def _write(study: Study, folder: Path) -> None:
     """``profile.json`` for other commands, ``study.json`` with all the rest, and the figures."""
     profile = study.profile
+    for name in FIGURES:  # of an earlier run on other data
+        (folder / f"{name}.png").unlink(missing_ok=True)
     profile.save(folder / "profile.json")
     (folder / "study.json").write_text(study.to_json() + "\n")
     interval = profile.guidance_interval() if profile.guidance and 0 < profile.boundary < 1 else None

@@ -12,7 +12,7 @@ from fm_stages.oracle import Oracle, StageProfile
 from fm_stages.studies.facts import Facts, facts_of, warnings_of
 from fm_stages.studies.recommend import SHARE, Recommendation, floor_table, recommend
 from fm_stages.studies.sources import Source
-from fm_stages.studies.trends import RowTrend, TrendPoint, trend_over_dims, trend_over_rows
+from fm_stages.studies.trends import RowTrend, TrendPoint, has_trend, trend_over_dims, trend_over_rows
 
 LABEL_DROPOUT = 0.1
 """Share of samples without label, where nothing says otherwise: the default of training."""
@@ -84,7 +84,7 @@ def study_stages(
         timesteps: density of t for the expected floor; None: uniform.
         share: of draws (or steps) to spend early, for the recommendations.
         trends: whether to measure what moves the boundary. How it moves with the number of rows is measured anyway
-            where the source holds only a part of them.
+            where the source holds only a part of them; not where these are too few for a trend.
         num_queries: draws per time.
         num_times: times.
         seed: of all draws.
@@ -99,7 +99,7 @@ def study_stages(
     oracle = Oracle(bank, path)
     profile = StageProfile.measure(oracle, label_dropout, num_queries, seed, num_times, by_label=True, progress=True)
     found = Study(source, profile, facts, recommend(profile, share), floor_table(profile, timesteps, share))
-    if trends or bank.num_rows < source.num_rows:
+    if has_trend(bank) and (trends or bank.num_rows < source.num_rows):
         found.row_trend = trend_over_rows(bank, path, profile.label_dropout, seed=seed)
     if trends:
         found.dim_trend = trend_over_dims(bank, path, seed=seed)

@@ -21,6 +21,9 @@ FEWEST = 64
 MOST_POINTS = 8
 """Of the trend over rows, each half of the one before."""
 
+LEAST_ERROR = 1e-3
+"""Of a boundary in the line over N: one that lies at 0 has no spread, and would draw the line through itself."""
+
 FEWEST_PIXELS = 4
 """Side of the smallest pooled images."""
 
@@ -76,6 +79,11 @@ class RowTrend:
         return min(1.0, max(0.0, self.intercept + self.slope * math.log(num_rows)))
 
 
+def has_trend(bank: DataBank) -> bool:
+    """Whether there are rows enough for a trend."""
+    return bank.num_rows >= 2 * FEWEST
+
+
 def trend_over_rows(
     bank: DataBank, path: Path, label_dropout: float, num_queries: int = 512, seed: int = 0, progress: bool = True
 ) -> RowTrend:
@@ -84,7 +92,7 @@ def trend_over_rows(
     Raises:
         ValueError: if there are too few rows for two points.
     """
-    if bank.num_rows < 2 * FEWEST:
+    if not has_trend(bank):
         raise ValueError(f"{bank.num_rows} rows are too few for a trend: it needs {2 * FEWEST}")
     num = min(MOST_POINTS, 1 + int(math.log2(bank.num_rows / FEWEST)))
     order = torch.randperm(bank.num_rows, generator=keyed_generator("trend", seed))
@@ -94,7 +102,7 @@ def trend_over_rows(
         points.append(_point("rows", part, path, label_dropout, num_queries, seed))
     used = points[: max(2, (num + 1) // 2)]
     logs, boundaries = ([f(p) for p in used] for f in (lambda p: math.log(p.num_rows), lambda p: p.boundary))
-    errors = [max(p.time_sem["boundary"], 1e-6) for p in used]
+    errors = [max(p.time_sem["boundary"], LEAST_ERROR) for p in used]
     slope, intercept = np.polyfit(logs, boundaries, 1, w=[1 / e for e in errors])
     return RowTrend(points, float(slope), float(intercept))
 
