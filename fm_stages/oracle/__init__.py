@@ -1,6 +1,6 @@
 """The heart: the bank, the exact posterior over it, and what the oracle says about a model."""
 
-from fm_stages.oracle.bank import DataBank
+from fm_stages.oracle.bank import DataBank, count_columns
 from fm_stages.oracle.curves import Curves, TimestepCurves, timestep_bins
 from fm_stages.oracle.decompose import Decomposition, decompose, mean_square
 from fm_stages.oracle.estimators import (
@@ -38,6 +38,7 @@ __all__ = [
     "TemperedOracle",
     "TimestepCurves",
     "Wiener",
+    "count_columns",
     "decompose",
     "describe",
     "largest_weights",

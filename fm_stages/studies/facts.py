@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.flow import keyed_generator
-from fm_stages.oracle import DataBank, nearest_rows
+from fm_stages.oracle import DataBank, count_columns, nearest_rows
 
 SAMPLE = 2048
 """Rows behind the effective dimension."""
@@ -31,7 +31,7 @@ class Facts:
 
     Attributes:
         num_rows: N.
-        num_distinct: rows that differ.
+        num_distinct: rows that differ, whatever their labels.
         num_constant: rows of several values that are all the same.
         num_dims: D.
         num_classes: 0 without labels.
@@ -58,12 +58,17 @@ class Facts:
     nearest_distance: float
 
 
-def check_distinct(bank: DataBank) -> None:
-    """Raise a ValueError if there are fewer than two distinct rows."""
-    if bank.num_distinct < 2:
-        raise ValueError(
-            f"{bank.num_rows} rows, {bank.num_distinct} distinct: stages need at least two rows that differ"
-        )
+def check_distinct(bank: DataBank) -> int:
+    """How many rows differ, whatever their labels: a bank's own number counts a row once for each of its labels.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+    place = torch.arange(bank.num_stored, device=bank.device)
+    num = int((bank.log_count(place, count_columns(torch.full_like(place, -1))) >= 0).sum())
+    if num < 2:
+        raise ValueError(f"{bank.num_rows} rows, {num} distinct: stages need at least two rows that differ")
+    return num
 
 
 def facts_of(bank: DataBank, seed: int = 0) -> Facts:
@@ -72,7 +77,7 @@ def facts_of(bank: DataBank, seed: int = 0) -> Facts:
     Raises:
         ValueError: if there are fewer than two distinct rows.
     """
-    check_distinct(bank)
+    num_distinct = check_distinct(bank)
     total, constant, lowest, highest = 0.0, 0, math.inf, -math.inf
     mean = bank.mean.mean().item()
     for rows in _pieces(bank):
@@ -85,7 +90,7 @@ def facts_of(bank: DataBank, seed: int = 0) -> Facts:
     order = torch.randperm(bank.num_rows, generator=generator)
     return Facts(
         num_rows=bank.num_rows,
-        num_distinct=bank.num_distinct,
+        num_distinct=num_distinct,
         num_constant=constant if bank.num_dims > 1 else 0,
         num_dims=bank.num_dims,
         num_classes=len(counts),

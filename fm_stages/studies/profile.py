@@ -36,6 +36,7 @@ def profile_parser() -> ArgumentParser:
         "--data",
         type=str,
         nargs="+",
+        action="extend",
         required=True,
         help="training sets, each a config or checkpoint of fm-stages fit, a class path or {class_path: ..., "
         "init_args: {...}}, a .npy or .safetensors file, a folder of images or of latents; NAME=... names one",
@@ -102,7 +103,7 @@ def _parse(arguments: list[str]) -> Namespace:
     """The options, path and density as objects."""
     parser = profile_parser()
     try:
-        return parser.instantiate_classes(parser.parse_args(arguments))
+        return parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         reason = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", str(error))
         raise ValueError(f"{reason} (fm-stages profile --help lists what can be given)") from error

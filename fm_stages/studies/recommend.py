@@ -112,7 +112,8 @@ def stage_weights(b: float, share: float) -> Recommendation:
         "stage weights instead",
         f"navigation {early:.3g}, refinement {late:.3g}",
         {"navigation": early, "refinement": late},
-        f"navigation has {share:.0%} of the weight under uniform t: f / b and (1 - f) / (1 - b)",
+        f"f / b and (1 - f) / (1 - b): navigation has about {share:.0%} of the weight under uniform t (about, because "
+        "the hand-over between the two is smooth)",
         _yaml("weighting", "fm_stages.flow.StageWeighting", boundary=b, navigation=early, refinement=late),
     )
 

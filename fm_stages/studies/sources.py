@@ -135,7 +135,7 @@ def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
     if "path" in model:
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(flow.Path, "path")
-        path = parser.instantiate_classes(parser.parse_object({"path": model["path"]})).path
+        path = parser.instantiate(parser.parse_object({"path": model["path"]})).path
     return sections["data"], path, model.get("label_dropout")
 
 
@@ -144,7 +144,7 @@ def _of_module(name: str, section: Any, path: flow.Path, label_dropout: float | 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=L.LightningDataModule, required=True)
     try:
-        data: Any = parser.instantiate_classes(parser.parse_object({"data": section})).data
+        data: Any = parser.instantiate(parser.parse_object({"data": section})).data
     except ArgumentError as error:
         reason = str(error).removeprefix('Parser key "data":').strip()
         raise ValueError(
