@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from fm_stages.plots.style import shade_stages
 
@@ -122,13 +123,16 @@ def _row_trend(axes: Axes, rows: Mapping[str, Any], all_rows: int | None) -> Non
         _points(axes, points, "num_rows", name, colour, name.replace("_", " "))
     most = max(all_rows or 0, points[0]["num_rows"])
     x = np.geomspace(points[-1]["num_rows"], 10 * most, 50)
-    axes.plot(x, np.clip(rows["intercept"] + rows["slope"] * np.log(x), 0, 1), color="#c1440e", ls=":", lw=1,
-              label="line through the larger half of the banks")  # fmt: skip
+    expected = np.clip(rows["intercept"] + rows["slope"] * np.log(x), 0, 1)
+    axes.plot(x, expected, color="#c1440e", ls=":", lw=1, label="line through the larger half of the banks")
     if most > points[0]["num_rows"]:
         axes.axvline(most, color="0.5", lw=0.8)
-        axes.text(most, 0.02, " all rows", transform=axes.get_xaxis_transform(), fontsize=8, color="0.4")
+        axes.text(most, 0.02, f" all {most} rows", transform=axes.get_xaxis_transform(), fontsize=8, color="0.4")
+    numbers = [*(point["num_rows"] for point in points), 10 * most]
+    axes.set_xticks(numbers, [str(number) for number in numbers], fontsize=8)
+    axes.xaxis.set_minor_formatter(NullFormatter())  # the powers of ten between them would overlap
     axes.set_xlabel("rows N")
-    axes.set_ylim(0, 1.1 * max(point["refinement_complete"] for point in points))
+    axes.set_ylim(0, 1.1 * max(expected[-1], *(point["refinement_complete"] for point in points)))
     _names(axes, "more rows: later, with log N", "t")
     axes.legend(fontsize=8)
 

@@ -118,6 +118,8 @@ class TestBoundaryTrends:
         assert (drawn[0, 0], drawn[-1, 0]) == pytest.approx((100, 10_000))
         np.testing.assert_allclose(drawn[:, 1], 0.07 * np.log(drawn[:, 0]) - 0.02)
         assert 1000 in vertical_lines(axes)
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["400", "200", "100", "10000"]
+        assert axes.get_ylim()[1] > max(drawn[-1, 1], 0.5)
 
     def test_dims_by_kind(self):
         dims = [
