@@ -115,9 +115,9 @@ class TestComparison:
     def test_several_data_sets_each_with_its_own_name(self, command):
         write_rows("rows")
         write_rows("other", 60, shape=(1, 4, 5))
-        names = ["rows", "A", "rows-3", "rows-4", "digits_dit"]
+        names = ["rows", "rows-3", "rows-4", "A", "digits_dit"]
         done = command(
-            *("profile", "--data", "rows.npy", "A=other.npy", "rows-3=rows.npy", "--data", "rows.npy", DIGITS),
+            *("profile", "--data", "rows.npy", "rows-3=rows.npy", "rows.npy", "--data", "A=other.npy", DIGITS),
             *("--no-pictures", "--out=out", *QUICK),
         )
         assert done.status == 0, done.err
@@ -126,7 +126,7 @@ class TestComparison:
         start = next(i for i, line in enumerate(lines) if line.startswith("data "))
         table = [line.split() for line in lines[start + 1 : start + 6]]
         assert [row[:3] for row in table] == [
-            *(["rows", "40", "16"], ["A", "60", "20"], ["rows-3", "40", "16"], ["rows-4", "40", "16"]),
+            *(["rows", "40", "16"], ["rows-3", "40", "16"], ["rows-4", "40", "16"], ["A", "60", "20"]),
             ["digits_dit", "1438", "64"],
         ]
         for row in table:
@@ -167,6 +167,17 @@ def test_mistakes_are_refused_before_anything_is_measured(command, monkeypatch, 
     assert done.err.startswith("fm-stages: ")
     assert "Traceback" not in done.err
     assert [path.name for path in Path().iterdir()] == ["rows.npy"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(command, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(profile_module, "TemporaryFile", refuse)
+    write_rows("rows")
+    done = command("profile", "--data=rows.npy", "--out=out")
+    assert done.status == 2
+    assert done.err == "fm-stages: --out out cannot be written (Permission denied): give another folder\n"
 
 
 def test_an_interruption_ends_with_one_line(command, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank
 from fm_stages.studies import trends
-from fm_stages.studies.trends import RowTrend, TrendPoint, trend_over_dims, trend_over_rows
+from fm_stages.studies.trends import TrendPoint, trend_over_dims, trend_over_rows
 
 PATH = LinearPath()
 
@@ -49,24 +49,21 @@ class TestOverRows:
         rows = [{row.numpy().tobytes() for row in part.rows(torch.arange(part.num_rows))} for part in asked]
         assert all(small < large for large, small in zip(rows, rows[1:], strict=False))
 
-    def test_line_is_the_weighted_least_squares_one(self, asked):
+    @pytest.mark.parametrize("smallest", [(0.33, 0.004), (0.0, 0.0)])
+    def test_line_is_the_weighted_least_squares_one(self, asked, monkeypatch, smallest):
+        """A boundary at 0 has no spread; it must not draw the line through itself."""
+        monkeypatch.setitem(BOUNDARIES, 256, smallest)
         trend = trend_over_rows(DataBank(normal(1024, 4)), PATH, 1.0, progress=False)
         used = [1024, 512, 256]  # the larger half of five
         x, y = np.log(used), np.array([BOUNDARIES[n][0] for n in used])
-        w = np.array([BOUNDARIES[n][1] for n in used]) ** -2.0
+        w = np.array([max(BOUNDARIES[n][1], 0.001) for n in used]) ** -2.0
         mx, my = (w * x).sum() / w.sum(), (w * y).sum() / w.sum()
         slope = (w * (x - mx) * (y - my)).sum() / (w * (x - mx) ** 2).sum()
         assert trend.slope == pytest.approx(slope)
         assert trend.intercept == pytest.approx(my - slope * mx)
-        assert trend.boundary_at(60_000) == pytest.approx(my + slope * (math.log(60_000) - mx))
-
-    def test_a_boundary_at_0_does_not_draw_the_line_through_itself(self, asked):
-        """128 and 64 rows: the second has no spread, the first a standard error of 0.002."""
-        trend = trend_over_rows(DataBank(normal(128, 4)), PATH, 1.0, progress=False)
-        assert trend.boundary_at(128) == pytest.approx(0.30)
-        monotone = RowTrend(trend.points, trend.slope, trend.intercept)
-        assert monotone.boundary_at(1) == 0.0
-        assert monotone.boundary_at(10**9) == 1.0
+        for num_rows in (1, 700, 60_000, 10**9):
+            expected = my + slope * (math.log(num_rows) - mx)
+            assert trend.boundary_at(num_rows) == pytest.approx(min(1, max(0, expected)))
 
     def test_too_few_rows_are_refused(self):
         with pytest.raises(ValueError, match="127 rows are too few for a trend: it needs 128"):
