@@ -72,7 +72,7 @@ class StageProfile(StageCurves):
     Attributes:
         t: (T) the times measured, increasing.
         num_rows: rows of the bank.
-        num_distinct: rows that differ.
+        num_distinct: pairs of a row and its label that differ.
         num_dims: values per row.
         rms_norm: root mean square norm of the rows, which tells other data apart.
         num_queries: queries per time.
@@ -187,7 +187,7 @@ class StageProfile(StageCurves):
     def guidance_interval(self) -> tuple[float, float]:
         """Where to guide: from the end of navigation to `GUIDED` times the boundary, in our t. An empirical rule.
 
-        It cannot be read off ``guidance``: that is largest at t = 0.
+        It cannot be read off ``guidance``, which is largest early, where guidance did harm there.
         """
         return self.navigation_end, min(1.0, GUIDED * self.boundary)
 

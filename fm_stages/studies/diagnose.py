@@ -133,7 +133,7 @@ def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
     parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
     config = yaml.safe_load(checkpoint[CONFIG_KEY])
     sections = {"model": config["model"], "data": {"class_path": data} if data else config["data"]}
-    run = parser.instantiate_classes(parser.parse_object(sections))
+    run = parser.instantiate(parser.parse_object(sections))
     run.data.setup()
     return checkpoint, run.model, run.data
 
@@ -144,7 +144,7 @@ def diagnose_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages diagnose``; None: of this process.
     """
-    parser = ArgumentParser(prog="fm-stages diagnose", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog="fm-stages diagnose", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of fm-stages fit")
     parser.add_argument("--data", type=str | None, default=None, help="class path of other data; default: the run's")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the results; default: beside the run")

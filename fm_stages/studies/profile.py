@@ -31,7 +31,7 @@ FIGURES = ("trends", "posterior", "oracle_paths")
 
 def profile_parser() -> ArgumentParser:
     """The options of the command."""
-    parser = ArgumentParser(prog="fm-stages profile", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog="fm-stages profile", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--data",
         type=str,

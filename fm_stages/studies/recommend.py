@@ -18,6 +18,7 @@ from fm_stages.flow import (
     shift_for_share,
 )
 from fm_stages.oracle import StageProfile
+from fm_stages.training import expected_floors
 
 UNVALIDATED = "unvalidated"
 """The status of a rule until a sweep has confirmed it."""
@@ -166,13 +167,13 @@ def floor_table(
         densities |= {f"{_name(density)}, suggested": density for density in suggested}
     rows = []
     for name, density in densities.items():
-        before = density.cdf(torch.tensor(b, dtype=torch.float64)).item()
-        floor, error = profile.expected_floor(density)
-        early, early_error = profile.expected_floor(density, 0.0, b) if before > 1e-3 else (None, None)
+        floors = expected_floors(profile, density)
+        floor, error = floors["stages/floor"]
+        early, early_error = floors.get("stages/floor_navigation", (None, None))
         rows.append(
             {
                 "density": name,
-                "share_navigation": before,
+                "share_navigation": density.cdf(torch.tensor(b, dtype=torch.float64)).item(),
                 "floor": floor,
                 "floor_sem": error,
                 "floor_navigation": early,

@@ -6,8 +6,11 @@ from fm_stages.training.held_out import HeldOut
 from fm_stages.training.loggers import choose_wandb_mode
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
+from fm_stages.training.policies import GapDensity, Policy, ShiftToBoundary, StageWeights, TargetByStage
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid
+from fm_stages.training.stages import expected_floors
+from fm_stages.training.steering import StageAware
 from fm_stages.training.subset_targets import ClassSubsetTarget, SharedBatchTarget
 from fm_stages.training.targets import (
     BlendTarget,
@@ -27,18 +30,25 @@ __all__ = [
     "ClassSubsetTarget",
     "ConditionalTarget",
     "FlowMatching",
+    "GapDensity",
     "HeldOut",
     "HybridTarget",
     "OracleMonitor",
     "OracleTarget",
+    "Policy",
     "SampleGrid",
     "SharedBatchTarget",
+    "ShiftToBoundary",
+    "StageAware",
+    "StageWeights",
     "Target",
+    "TargetByStage",
     "TemperedTarget",
     "Throughput",
     "TrainingCLI",
     "choose_wandb_mode",
     "config_files",
+    "expected_floors",
     "init_from",
     "network_weights",
     "read_checkpoint",

@@ -22,6 +22,7 @@ from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.samples import SampleGrid
+from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
 
 BASE = str(files("fm_stages") / "base.yaml")
@@ -41,6 +42,7 @@ SECTIONS = (
     "model",
     "data",
     "monitor",
+    "steering",
     "samples",
     "throughput",
     "checkpoints",
@@ -147,6 +149,7 @@ class TrainingCLI(LightningCLI):
         """The callbacks of every run, each a section of the config, and the weights to start from."""
         for callback, section in (
             (OracleMonitor, "monitor"),
+            (StageAware, "steering"),
             (SampleGrid, "samples"),
             (Throughput, "throughput"),
             (Checkpoints, "checkpoints"),

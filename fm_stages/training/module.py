@@ -93,6 +93,11 @@ class FlowMatching(L.LightningModule):
         self.timesteps = timesteps
         self.weighting.prepare(self.path, timesteps, self.importance_weights)
 
+    def weigh_by(self, weighting: Weighting) -> None:
+        """Weigh the loss by this from now on; the mean of the weights is 1."""
+        self.weighting = weighting
+        weighting.prepare(self.path, self.timesteps, self.importance_weights)
+
     def check_data(self, datamodule: Any) -> None:
         """Refuse data that the network was not built for, and a target that needs a bank where there is none.
 

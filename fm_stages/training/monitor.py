@@ -13,7 +13,6 @@ from torch import Tensor
 from fm_stages import plots
 from fm_stages.flow import Path
 from fm_stages.oracle import (
-    THRESHOLDS,
     Curves,
     DataBank,
     Oracle,
@@ -35,10 +34,10 @@ from fm_stages.training.stages import (
     check_label_dropout,
     density_of,
     describe_stages,
-    expected_floors,
     label_dropout_of,
     measure_profile,
     read_profile,
+    stage_metrics,
 )
 
 QUANTITIES = ("regular", "gap", "floor", "residual", "identity", "top1", "ess", "zero", "wiener")
@@ -104,7 +103,6 @@ class OracleMonitor(L.Callback):
         self._measured = self._last_step = self._logged_step = 0
         self._oracle_sec = self._window_start = 0.0
         self._share: float | None = None  # of unlabelled samples that the profile is for, once it is known
-        self._floors: dict[str, float] = {}
 
     @property
     def oracle(self) -> Oracle:
@@ -154,7 +152,6 @@ class OracleMonitor(L.Callback):
         self._share = share
         self.wiener = linear_reference(bank, self.oracle.path)
         density = density_of(pl_module)
-        self._floors = {name: floor for name, (floor, _) in expected_floors(self.profile, density).items()}
         rank_zero_info(f"Oracle: stages {source}: {describe_stages(self.profile, density)}")
 
     # training --------------------------------------------------------------------------------------------------------
@@ -229,7 +226,8 @@ class OracleMonitor(L.Callback):
         assert self._sums is not None
         self.train = self._sums.compute()  # on every rank: the sums are reduced
         assert self.profile is not None
-        metrics = {**train_metrics(self.train, self.profile.boundary), **self._stages(self.profile)}
+        metrics = train_metrics(self.train, self.profile.boundary)
+        metrics |= stage_metrics(self.profile, density_of(pl_module))
         metrics["oracle/share"] = self._oracle_sec / max(start - self._window_start, 1e-9)
         shift = getattr(getattr(pl_module, "timesteps", None), "shift", None)
         if shift is not None:
@@ -243,10 +241,6 @@ class OracleMonitor(L.Callback):
         self._window_start, self._oracle_sec = start, _clock(pl_module.device) - start
         self._logged_step = trainer.global_step
         return metrics["oracle/gap"]
-
-    def _stages(self, profile: StageProfile) -> dict[str, float]:
-        times = {f"stages/{name}": getattr(profile, name) for name in THRESHOLDS}
-        return {**times, **self._floors}
 
     def _test_identity(self, z: float) -> None:
         """Warn when regular = gap + floor fails beyond chance in two windows running."""

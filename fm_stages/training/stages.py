@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.flow import TimestepSampler
-from fm_stages.oracle import Oracle, StageProfile
+from fm_stages.oracle import THRESHOLDS, Oracle, StageProfile
 
 
 def read_profile(file: str | Path, oracle: Oracle) -> StageProfile:
@@ -101,6 +101,12 @@ def expected_floors(profile: StageProfile, timesteps: TimestepSampler | None) ->
     if draws_before(profile.boundary, timesteps):
         floors["stages/floor_navigation"] = profile.expected_floor(timesteps, 0.0, profile.boundary)
     return floors
+
+
+def stage_metrics(profile: StageProfile, timesteps: TimestepSampler | None) -> dict[str, float]:
+    """Where the stages lie, and the floors, by logged name."""
+    floors = {name: floor for name, (floor, _) in expected_floors(profile, timesteps).items()}
+    return {**{f"stages/{name}": getattr(profile, name) for name in THRESHOLDS}, **floors}
 
 
 def draws_before(time: float, timesteps: TimestepSampler | None) -> bool:

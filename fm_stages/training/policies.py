@@ -1,0 +1,338 @@
+"""Policies: what measured stages should change about training. Each changes one thing, and says what it follows.
+
+A policy turns what was measured into a few positive numbers, and numbers into a change of the module. `StageAware`
+decides when, smooths the numbers, logs them and keeps them in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fm_stages.flow import (
+    ShiftedTimesteps,
+    StageWeighting,
+    TabulatedTimesteps,
+    TimestepSampler,
+    UniformTimesteps,
+    shift_for_share,
+)
+from fm_stages.oracle import Curves, Oracle, StageProfile, timestep_bins
+from fm_stages.training.module import FlowMatching
+from fm_stages.training.targets import BlendTarget, ConditionalTarget, HybridTarget
+
+NODES = timestep_bins()
+"""Times between which a steered density is linear."""
+
+
+class NoProposalError(Exception):
+    """Nothing can be proposed from what was measured; the message says why."""
+
+
+class Policy(ABC):
+    """A rule from measured stages to training.
+
+    Args:
+        warmup_steps: optimizer steps before the first change.
+        every_n_steps: steps between changes.
+        smoothing: share of the old numbers that a change keeps, in logarithms; 0 jumps.
+        dry_run: whether to log what it would do, and leave training alone.
+    """
+
+    steers: str
+    """What it changes: timesteps, weighting or target. Two policies may not change the same."""
+
+    follows: str
+    """The data (the boundary, which no training moves) or the model (the gap)."""
+
+    def __init__(
+        self, warmup_steps: int = 0, every_n_steps: int = 1000, smoothing: float = 0.5, dry_run: bool = False
+    ) -> None:
+        if warmup_steps < 0 or every_n_steps < 1 or not 0 <= smoothing < 1:
+            raise ValueError(
+                f"warmup_steps={warmup_steps} must be 0 or more, every_n_steps={every_n_steps} 1 or more, and "
+                f"smoothing={smoothing} lie in [0, 1)"
+            )
+        self.warmup_steps, self.every_n_steps = warmup_steps, every_n_steps
+        self.smoothing, self.dry_run = smoothing, dry_run
+
+    @abstractmethod
+    def start(self, module: FlowMatching) -> list[float]:
+        """Remember what the module was configured with, and the numbers that leave it so."""
+
+    @abstractmethod
+    def propose(self, profile: StageProfile, curves: Curves | None) -> tuple[list[float], str]:
+        """Positive numbers and the reason for them.
+
+        Args:
+            profile: of the training data.
+            curves: by timestep of the last window of measurements, if there was one.
+
+        Raises:
+            NoProposalError: if nothing follows from these.
+        """
+
+    @abstractmethod
+    def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
+        """Change the module."""
+
+    @abstractmethod
+    def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
+        """The numbers by logged name."""
+
+
+class ShiftToBoundary(Policy):
+    """Shifts the density of t so that a given fraction of draws falls before the boundary. Follows the data.
+
+    s = q (1 - b) / ((1 - q) b) with q the fraction's quantile under the configured density.
+
+    Args:
+        fraction: of draws before the boundary, in (0, 1).
+        smallest: bound of the shift.
+        largest: bound of the shift.
+        kwargs: as for `Policy`.
+    """
+
+    steers, follows = "timesteps", "data"
+
+    def __init__(
+        self,
+        fraction: float = 0.5,
+        smallest: float = 0.1,
+        largest: float = 10.0,
+        warmup_steps: int = 0,
+        every_n_steps: int = 1000,
+        smoothing: float = 0.0,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        if not 0 < fraction < 1 or not 0 < smallest <= largest < math.inf:
+            raise ValueError(
+                f"fraction={fraction} must lie in (0, 1), and 0 < smallest={smallest} <= largest={largest}"
+            )
+        self.fraction, self.smallest, self.largest = fraction, smallest, largest
+        self._base: TimestepSampler = UniformTimesteps()
+
+    def start(self, module: FlowMatching) -> list[float]:
+        """See `Policy`."""
+        self._base = module.timesteps
+        return [1.0]
+
+    def propose(self, profile: StageProfile, curves: Curves | None) -> tuple[list[float], str]:
+        """See `Policy`."""
+        b = _boundary(profile)
+        shift = shift_for_share(self.fraction, b, self._base)
+        bounded = min(max(shift, self.smallest), self.largest)
+        bound = "" if bounded == shift else f", bounded from {shift:.3g}"
+        return [bounded], f"{self.fraction:.0%} of the draws before the boundary, t = {b:.3f}{bound}"
+
+    def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
+        """See `Policy`."""
+        module.draw_from(ShiftedTimesteps(numbers[0], self._base))
+
+    def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
+        """See `Policy`."""
+        return {"stages/shift": numbers[0]}
+
+
+class GapDensity(Policy):
+    """Draws t in proportion to a power of the measured gap, so that training goes where there is most to win.
+
+    Follows the model. With ``importance_weights`` of the module the objective stays that of uniform t.
+
+    Args:
+        power: of the gap; 0 is uniform.
+        floor: share of draws that stay uniform, so that no t starves, in (0, 1].
+        largest: bound of the density, over uniform.
+        kwargs: as for `Policy`.
+    """
+
+    steers, follows = "timesteps", "model"
+
+    def __init__(
+        self,
+        power: float = 1.0,
+        floor: float = 0.2,
+        largest: float = 5.0,
+        warmup_steps: int = 500,
+        every_n_steps: int = 500,
+        smoothing: float = 0.5,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        if not 0 <= power < math.inf or not 0 < floor <= 1 or not largest > 1:
+            raise ValueError(
+                f"power={power} must be 0 or more, floor={floor} lie in (0, 1], and largest={largest} be above 1"
+            )
+        self.power, self.floor, self.largest = power, floor, largest
+
+    def start(self, module: FlowMatching) -> list[float]:
+        """See `Policy`."""
+        t = torch.tensor(NODES, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)  # at the ends a density may be 0 or infinite
+        return module.timesteps.log_prob(t).exp().clamp(min=1e-3).tolist()
+
+    def propose(self, profile: StageProfile, curves: Curves | None) -> tuple[list[float], str]:
+        """See `Policy`."""
+        if curves is None:
+            raise NoProposalError("no gap was measured yet")
+        gap = _at_nodes(curves, "gap")
+        density = [g**self.power for g in gap]
+        mean = _integral(density)
+        if not 0 < mean < math.inf:
+            raise NoProposalError(f"the gap to the power {self.power:g} has the mean {mean:g}")
+        mixed = [min(self.floor + (1 - self.floor) * p / mean, self.largest) for p in density]
+        top = max(range(len(mixed)), key=lambda i: mixed[i])
+        return mixed, f"most of the gap lies near t = {NODES[top]:.3f}"
+
+    def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
+        """See `Policy`."""
+        module.draw_from(TabulatedTimesteps(NODES, numbers))
+
+    def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
+        """See `Policy`."""
+        density = TabulatedTimesteps(NODES, numbers)
+        return {"stages/median_t": density.icdf(torch.tensor(0.5, dtype=torch.float64)).item()}
+
+
+class StageWeights(Policy):
+    """Weighs the loss so that navigation has a given share of the weight, and leaves t as it is. Follows the data.
+
+    Args:
+        fraction: of the weight before the boundary, under the module's density of t.
+        width: of the hand-over, in logit(t).
+        kwargs: as for `Policy`.
+    """
+
+    steers, follows = "weighting", "data"
+
+    def __init__(
+        self,
+        fraction: float = 0.5,
+        width: float = 0.25,
+        warmup_steps: int = 0,
+        every_n_steps: int = 1000,
+        smoothing: float = 0.0,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        if not 0 < fraction < 1 or not width > 0:
+            raise ValueError(f"fraction={fraction} must lie in (0, 1) and width={width} be positive")
+        self.fraction, self.width = fraction, width
+        self._timesteps: TimestepSampler = UniformTimesteps()
+
+    def start(self, module: FlowMatching) -> list[float]:
+        """See `Policy`."""
+        if isinstance(module.weighting, nn.Module):
+            raise ValueError(
+                f"StageWeights would take the place of {type(module.weighting).__name__}, which learns weights of its "
+                "own: choose one of them"
+            )
+        self._timesteps = module.timesteps
+        return [0.5, 1.0, 1.0]
+
+    def propose(self, profile: StageProfile, curves: Curves | None) -> tuple[list[float], str]:
+        """See `Policy`."""
+        b = _boundary(profile)
+        before = self._timesteps.cdf(torch.tensor(b, dtype=torch.float64)).item()
+        if not 1e-3 < before < 1 - 1e-3:
+            raise NoProposalError(f"{before:.1%} of the draws fall before the boundary, t = {b:.3f}: nothing to weigh")
+        numbers = [b, self.fraction / before, (1 - self.fraction) / (1 - before)]
+        return numbers, f"{self.fraction:.0%} of the weight before the boundary, t = {b:.3f}"
+
+    def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
+        """See `Policy`."""
+        b, navigation, refinement = numbers
+        module.weigh_by(StageWeighting(b, navigation, refinement, self.width))
+
+    def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
+        """See `Policy`."""
+        return {"stages/weight_navigation": numbers[1], "stages/weight_refinement": numbers[2]}
+
+
+class TargetByStage(Policy):
+    """The oracle, or a share of it, before the boundary and the conditional target after it. Follows the data.
+
+    Args:
+        share: of the oracle before the boundary, in (0, 1].
+        kwargs: as for `Policy`.
+    """
+
+    steers, follows = "target", "data"
+
+    def __init__(
+        self,
+        share: float = 1.0,
+        warmup_steps: int = 0,
+        every_n_steps: int = 1000,
+        smoothing: float = 0.0,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        if not 0 < share <= 1:
+            raise ValueError(f"the oracle's share must lie in (0, 1], got {share}")
+        self.share = share
+
+    def start(self, module: FlowMatching) -> list[float]:
+        """See `Policy`."""
+        if not isinstance(module.target, ConditionalTarget):
+            raise ValueError(
+                f"TargetByStage would take the place of {type(module.target).__name__}: leave the target conditional"
+            )
+        return [1e-3]  # as good as no oracle
+
+    def propose(self, profile: StageProfile, curves: Curves | None) -> tuple[list[float], str]:
+        """See `Policy`."""
+        b = _boundary(profile)
+        return [b], f"the oracle's target differs from the conditional one before the boundary, t = {b:.3f}"
+
+    def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
+        """See `Policy`."""
+        b = numbers[0]
+        target = HybridTarget(b) if self.share == 1 else BlendTarget([b, min(1.0, 1.05 * b)], [self.share, 0.0])
+        target.attach(oracle)
+        module.target = target
+
+    def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
+        """See `Policy`."""
+        return {"stages/target_boundary": numbers[0]}
+
+
+def _boundary(profile: StageProfile) -> float:
+    """The boundary, if there is one.
+
+    Raises:
+        NoProposalError: if the data has one stage only.
+    """
+    b = profile.boundary
+    if not 0 < b < 1:
+        has = "has always collapsed" if b == 0 else "never collapses"
+        raise NoProposalError(f"no boundary was found (t = {b:g}): the posterior {has}")
+    return b
+
+
+def _at_nodes(curves: Curves, name: str) -> list[float]:
+    """A positive quantity at `NODES`, smoothed over neighbouring bins in its logarithm.
+
+    Raises:
+        NoProposalError: if it is not finite, or too few bins have samples.
+    """
+    filled = [(t, v) for t, v, n in zip(curves.centre, curves.mean[name], curves.count, strict=True) if n]
+    t, values = (np.array(column) for column in zip(*filled, strict=True)) if filled else (np.array([]), np.array([]))
+    if 2 * len(t) < len(curves.count):
+        raise NoProposalError(f"only {len(t)} of {len(curves.count)} timestep bins have samples")
+    if not np.isfinite(values).all():
+        raise NoProposalError(f"the {name} is not finite in {int((~np.isfinite(values)).sum())} timestep bins")
+    logs = np.log(np.maximum(values, 1e-12))
+    padded = np.concatenate([logs[:1], logs, logs[-1:]])
+    smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    return np.exp(np.interp(NODES, t, smooth)).tolist()
+
+
+def _integral(density: Sequence[float]) -> float:
+    """Of a density at `NODES`, linear between them."""
+    return float(np.trapezoid(density, NODES))
