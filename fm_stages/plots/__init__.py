@@ -1,5 +1,6 @@
 """Every figure, made from plain data: nothing here computes anything that a table does not say."""
 
+from fm_stages.plots.gradients import gradient_variance
 from fm_stages.plots.losses import gap_by_t
 from fm_stages.plots.pictures import oracle_paths, posterior_strips
 from fm_stages.plots.stages import boundary_trends, compare_stages, stage_curves
@@ -9,6 +10,7 @@ __all__ = [
     "boundary_trends",
     "compare_stages",
     "gap_by_t",
+    "gradient_variance",
     "oracle_paths",
     "posterior_strips",
     "save",
