@@ -185,7 +185,7 @@ class GapDensity(Policy):
         mean = _integral(density)
         if not 0 < mean < math.inf:
             raise NoProposalError(f"the gap to the power {self.power:g} has the mean {mean:g}")
-        mixed = [min(self.floor + (1 - self.floor) * p / mean, self.largest) for p in density]
+        mixed = _bounded([self.floor + (1 - self.floor) * p / mean for p in density], self.largest)
         top = max(range(len(mixed)), key=lambda i: mixed[i])
         return mixed, f"most of the gap lies near t = {NODES[top]:.3f}"
 
@@ -274,7 +274,7 @@ class TargetByStage(Policy):
     ) -> None:
         super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
         if not 0 < share <= 1:
-            raise ValueError(f"the oracle's share must lie in (0, 1], got {share}")
+            raise ValueError(f"share={share} must lie in (0, 1]")
         self.share = share
 
     def start(self, module: FlowMatching) -> list[float]:
@@ -331,6 +331,15 @@ def _at_nodes(curves: Curves, name: str) -> list[float]:
     padded = np.concatenate([logs[:1], logs, logs[-1:]])
     smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     return np.exp(np.interp(NODES, t, smooth)).tolist()
+
+
+def _bounded(density: list[float], largest: float) -> list[float]:
+    """A density at `NODES` with no value above the largest: what is cut off goes to the others in proportion."""
+    scale = 1.0
+    for _ in range(100):
+        cut = [min(scale * p, largest) for p in density]
+        scale /= _integral(cut)
+    return cut
 
 
 def _integral(density: Sequence[float]) -> float:

@@ -1,0 +1,182 @@
+"""StageAware in real runs: when it changes what, what it logs, and what a resumed run goes on with."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from fm_stages.flow import ShiftedTimesteps, StageWeighting, TabulatedTimesteps, UniformTimesteps
+from fm_stages.oracle import StageProfile
+from fm_stages.training import (
+    GapDensity,
+    HybridTarget,
+    OracleMonitor,
+    Policy,
+    ShiftToBoundary,
+    StageAware,
+    StageWeights,
+    TargetByStage,
+)
+
+
+def steered(make_module, make_data, make_trainer, *policies, steps=12, module=None, ckpt_path=None, **kwargs):
+    """Train; returns the trainer, the module and the callback."""
+    module, callback = module or make_module(), StageAware(list(policies))
+    monitor = OracleMonitor(every_n_steps=1, window=2)
+    trainer = make_trainer(max_steps=steps, callbacks=[monitor, callback], **kwargs)
+    trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+    return trainer, module, callback
+
+
+def lines(trainer) -> list[dict]:
+    """What the run wrote about its changes."""
+    file = Path(trainer.default_root_dir) / "steering.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class TestChanges:
+    def test_a_shift_by_the_boundary_that_was_measured(self, make_module, make_data, make_trainer, tmp_path, capsys):
+        trainer, module, callback = steered(
+            make_module, make_data, make_trainer, ShiftToBoundary(0.7), default_root_dir=tmp_path
+        )
+        boundary = trainer.callbacks[0].profile.boundary
+        assert isinstance(module.timesteps, ShiftedTimesteps)
+        assert module.timesteps.shift == pytest.approx(0.7 * (1 - boundary) / (0.3 * boundary))
+        (line,) = lines(trainer)  # once: the boundary does not move
+        assert line["step"] == 1
+        assert line["policy"] == "ShiftToBoundary"
+        assert line["numbers"] == [module.timesteps.shift]
+        assert f"t = {boundary:.3f}" in line["reason"]
+
+    def test_a_density_by_the_gap_of_the_last_window(self, make_module, make_data, make_trainer, tmp_path):
+        policy = GapDensity(warmup_steps=4, every_n_steps=3)
+        trainer, module, _ = steered(make_module, make_data, make_trainer, policy, default_root_dir=tmp_path)
+        assert [line["step"] for line in lines(trainer)] == [4, 7, 10]
+        assert isinstance(module.timesteps, TabulatedTimesteps)
+        density = torch.tensor(lines(trainer)[-1]["numbers"])
+        written = torch.tensor(module.timesteps.density)
+        assert torch.allclose(written / written[0], density / density[0], rtol=1e-5)
+        assert module.timesteps.density != [1.0] * len(density)
+
+    def test_training_draws_from_it_and_the_weights_keep_mean_one(self, make_module, make_data, make_trainer, recorder):
+        module = make_module(importance_weights=True)
+        callback = StageAware([ShiftToBoundary(0.9, largest=100)])
+        monitor = OracleMonitor(every_n_steps=1)
+        trainer = make_trainer(max_steps=60, callbacks=[monitor, callback, recorder])
+        trainer.fit(module, make_data())
+        boundary = monitor.profile.boundary
+        t = torch.cat([outputs["t"] for outputs in recorder.steps[1:]])
+        assert (t < boundary).float().mean().item() == pytest.approx(0.9, abs=0.02)
+        assert module.weighting(t).mean().item() == pytest.approx(1, abs=0.15)
+
+    def test_weights_and_targets(self, make_module, make_data, make_trainer):
+        _, module, _ = steered(make_module, make_data, make_trainer, StageWeights(0.6), TargetByStage())
+        assert isinstance(module.weighting, StageWeighting)
+        assert isinstance(module.target, HybridTarget)
+        assert module.target.oracle is not None
+
+    def test_smoothing_is_geometric(self, make_module, make_data, make_trainer, tmp_path):
+        policy = ShiftToBoundary(0.9, largest=100, smoothing=0.75, every_n_steps=2)
+        trainer, _, _ = steered(make_module, make_data, make_trainer, policy, steps=8, default_root_dir=tmp_path)
+        boundary = trainer.callbacks[0].profile.boundary
+        goal = math.log(0.9 * (1 - boundary) / (0.1 * boundary))
+        shifts = [math.log(line["numbers"][0]) for line in lines(trainer)]
+        assert shifts == pytest.approx([goal * (1 - 0.75**k) for k in (1, 2, 3, 4)])
+
+    def test_a_dry_run_changes_nothing_and_says_what_it_would(self, make_module, make_data, make_trainer, tmp_path):
+        trainer, module, _ = steered(
+            make_module, make_data, make_trainer, ShiftToBoundary(0.7, dry_run=True), default_root_dir=tmp_path
+        )
+        assert isinstance(module.timesteps, UniformTimesteps)
+        assert [line["dry_run"] for line in lines(trainer)] == [True]
+
+    def test_no_policy_changes_nothing_bit_for_bit(self, make_module, make_data, make_trainer):
+        _, alone, _ = steered(make_module, make_data, make_trainer)
+        module = make_module()
+        make_trainer(max_steps=12).fit(module, make_data())
+        pairs = zip(alone.network.parameters(), module.network.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class TestNothingToFollow:
+    def test_data_with_one_stage_is_left_alone(self, make_module, make_data, make_trainer, tmp_path, monkeypatch):
+        def never_collapses(trainer, oracle, share):
+            return dataclasses.replace(StageProfile.measure(oracle, share, num_queries=16), boundary=1.0)
+
+        monkeypatch.setattr("fm_stages.training.monitor.measure_profile", never_collapses)
+        trainer, module, _ = steered(make_module, make_data, make_trainer, ShiftToBoundary(), default_root_dir=tmp_path)
+        assert isinstance(module.timesteps, UniformTimesteps)
+        assert "no boundary was found" in lines(trainer)[0]["reason"]
+
+    def test_a_gap_that_is_not_finite_is_skipped_and_said(
+        self, make_module, make_data, make_trainer, tmp_path, monkeypatch
+    ):
+        policy = GapDensity(warmup_steps=4, every_n_steps=100)
+        compute = OracleMonitor._log_window
+
+        def spoiled(monitor, *arguments):
+            gap = compute(monitor, *arguments)
+            monitor.train.mean["gap"] = [math.nan] * len(monitor.train.count)
+            return gap
+
+        monkeypatch.setattr(OracleMonitor, "_log_window", spoiled)
+        trainer, module, _ = steered(make_module, make_data, make_trainer, policy, default_root_dir=tmp_path)
+        assert isinstance(module.timesteps, UniformTimesteps)
+        assert "not finite" in lines(trainer)[0]["reason"]
+
+
+class TestResume:
+    @pytest.mark.parametrize("policies", [[ShiftToBoundary(0.7)], [StageWeights(0.7), TargetByStage(0.5)]], ids=str)
+    def test_goes_on_bit_for_bit(self, make_module, make_data, make_trainer, tmp_path, policies):
+        def made() -> list[Policy]:
+            return [type(p)(*([0.7] if hasattr(p, "fraction") else [p.share])) for p in policies]
+
+        trainer, _, _ = steered(make_module, make_data, make_trainer, *made(), steps=5)
+        trainer.save_checkpoint(tmp_path / "five.ckpt")
+        _, whole, _ = steered(make_module, make_data, make_trainer, *made(), steps=10)
+        trainer, resumed, callback = steered(
+            make_module, make_data, make_trainer, *made(), steps=10, ckpt_path=tmp_path / "five.ckpt"
+        )
+        assert set(callback._last_step.values()) == {1}  # what was decided before the checkpoint still holds
+        pairs = zip(whole.network.parameters(), resumed.network.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    def test_the_checkpoint_holds_what_was_decided(self, make_module, make_data, make_trainer, tmp_path):
+        trainer, module, callback = steered(make_module, make_data, make_trainer, GapDensity(warmup_steps=2))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        other = make_module()
+        resumed = StageAware([GapDensity(warmup_steps=2)])
+        monitor = OracleMonitor(every_n_steps=1, window=2)
+        trainer = make_trainer(max_steps=12, callbacks=[monitor, resumed])  # nothing is left to train
+        trainer.fit(other, make_data(), ckpt_path=tmp_path / "last.ckpt")
+        assert other.timesteps.density == module.timesteps.density
+
+
+class TestRefusals:
+    def test_two_policies_for_one_thing(self):
+        with pytest.raises(ValueError, match="ShiftToBoundary and GapDensity both change the timesteps"):
+            StageAware([ShiftToBoundary(), GapDensity()])
+
+    def test_density_and_weights_contradict_each_other(self, make_module, make_data, make_trainer):
+        with pytest.raises(ValueError, match="contradict"):
+            steered(make_module, make_data, make_trainer, ShiftToBoundary(), StageWeights())
+        module = make_module(importance_weights=True)  # then the density is out of the objective
+        steered(make_module, make_data, make_trainer, ShiftToBoundary(), StageWeights(), module=module, steps=2)
+
+    def test_without_a_monitor(self, make_module, make_data, make_trainer):
+        trainer = make_trainer(callbacks=[StageAware([ShiftToBoundary()])])
+        with pytest.raises(ValueError, match="add an OracleMonitor"):
+            trainer.fit(make_module(), make_data())
+
+    def test_before_the_monitor(self, make_module, make_data, make_trainer):
+        trainer = make_trainer(callbacks=[StageAware([ShiftToBoundary()]), OracleMonitor()])
+        with pytest.raises(ValueError, match="must come before StageAware"):
+            trainer.fit(make_module(), make_data())
+
+    def test_another_module(self, make_trainer):
+        with pytest.raises(ValueError, match="steers FlowMatching, not LightningModule"):
+            StageAware([ShiftToBoundary()]).setup(make_trainer(), L.LightningModule(), "fit")
