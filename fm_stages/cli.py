@@ -27,6 +27,12 @@ def _profile() -> None:
     profile_command()
 
 
+def _compare() -> None:
+    from fm_stages.studies import compare_command
+
+    compare_command()
+
+
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
@@ -34,6 +40,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
+    "compare": ("ways to train, paired by seed: --config X.yaml --arms configs/arms --seeds 3", _compare),
 }
 
 

@@ -1,5 +1,7 @@
 """Every figure, made from plain data: nothing here computes anything that a table does not say."""
 
+from fm_stages.plots.comparison import gap_of_arms, paired_differences
+from fm_stages.plots.density import timestep_density
 from fm_stages.plots.gradients import gradient_variance
 from fm_stages.plots.losses import gap_by_t
 from fm_stages.plots.pictures import oracle_paths, posterior_strips
@@ -10,10 +12,13 @@ __all__ = [
     "boundary_trends",
     "compare_stages",
     "gap_by_t",
+    "gap_of_arms",
     "gradient_variance",
     "oracle_paths",
+    "paired_differences",
     "posterior_strips",
     "save",
     "shade_stages",
     "stage_curves",
+    "timestep_density",
 ]

@@ -1,5 +1,6 @@
 """What a person runs on models and data beside training."""
 
+from fm_stages.studies.compare import compare_command
 from fm_stages.studies.diagnose import diagnose, diagnose_command, load_run
 from fm_stages.studies.profile import profile_command
 from fm_stages.studies.sources import Source, open_source
@@ -8,6 +9,7 @@ from fm_stages.studies.study import Study, study_stages
 __all__ = [
     "Source",
     "Study",
+    "compare_command",
     "diagnose",
     "diagnose_command",
     "load_run",

@@ -41,7 +41,13 @@ from fm_stages.training import (
 
 
 def diagnose(
-    module: FlowMatching, network: nn.Module, data: ImageData, num_samples: int = 2048, seed: int = 0
+    module: FlowMatching,
+    network: nn.Module,
+    data: ImageData,
+    num_samples: int = 2048,
+    seed: int = 0,
+    profile: StageProfile | None = None,
+    progress: bool = True,
 ) -> tuple[Curves, Curves, StageProfile]:
     """Measure a network against the exact oracle of its training set.
 
@@ -51,6 +57,8 @@ def diagnose(
         data: training and held-out images.
         num_samples: images of each split (fewer if there are not as many), each with one noise and one t.
         seed: of the draws.
+        profile: the stages of the data, if they were measured before.
+        progress: whether to show a progress bar.
 
     Returns:
         Curves of training inputs (`QUANTITIES`) and of held-out inputs (regular, gap, wiener), and the profile.
@@ -58,14 +66,14 @@ def diagnose(
     device = next(network.parameters()).device
     network.eval()
     oracle = oracle_of(data.bank().to(device), module.path)
-    profile = StageProfile.measure(oracle, module.label_dropout, seed=seed)
+    profile = profile or StageProfile.measure(oracle, module.label_dropout, seed=seed)
     wiener = linear_reference(oracle.bank, oracle.path)
     edges = timestep_bins(boundary=profile.boundary)
     train = TimestepCurves(QUANTITIES, edges).to(device)
     held_out = HeldOut(edges, profile.boundary, device)
     for split, loader in (("training", data.train_dataloader()), ("held-out", data.val_dataloader())):
         num = min(num_samples, data.num_val if split == "held-out" else len(loader) * data.batch_size)
-        for batch in _batches(loader, split, num):
+        for batch in _batches(loader, split, num, progress):
             seen = _predict(module, network, batch, split, num, seed, device)
             if split == "held-out":
                 held_out.update(oracle, wiener, seen)
@@ -76,10 +84,10 @@ def diagnose(
     return train.compute(), held_out.compute()[""], profile
 
 
-def _batches(loader: DataLoader, split: str, num_samples: int) -> Any:
+def _batches(loader: DataLoader, split: str, num_samples: int, progress: bool) -> Any:
     """Batches with places 0, 1, ... in the measurement, until there are enough."""
     done = 0
-    with tqdm(total=num_samples, desc=split, unit="image") as bar:
+    with tqdm(total=num_samples, desc=split, unit="image", disable=not progress) as bar:
         for batch in loader:
             size = min(len(batch["x1"]), num_samples - done)
             if size == 0:
@@ -128,14 +136,19 @@ def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
     checkpoint = read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
         raise ValueError(f"{path} carries no configuration: only checkpoints of `fm-stages fit` can be diagnosed")
+    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    module, images = build_run({**config, "data": {"class_path": data} if data else config["data"]})
+    images.setup()
+    return checkpoint, module, images
+
+
+def build_run(config: dict[str, Any]) -> tuple[FlowMatching, ImageData]:
+    """Module, with fresh weights, and data of a whole configuration as plain data; nothing is read yet."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(FlowMatching, "model")
     parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
-    config = yaml.safe_load(checkpoint[CONFIG_KEY])
-    sections = {"model": config["model"], "data": {"class_path": data} if data else config["data"]}
-    run = parser.instantiate(parser.parse_object(sections))
-    run.data.setup()
-    return checkpoint, run.model, run.data
+    run = parser.instantiate(parser.parse_object({name: config[name] for name in ("model", "data")}))
+    return run.model, run.data
 
 
 def diagnose_command(arguments: list[str] | None = None) -> None:

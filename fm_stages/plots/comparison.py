@@ -1,0 +1,91 @@
+"""Several ways to train beside each other: the gap over t of each, and paired differences with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fm_stages.plots.style import shade_stages
+
+
+def gap_of_arms(
+    edges: Sequence[float], curves: Mapping[str, Mapping[str, Sequence[float]]], boundary: float, title: str = ""
+) -> Figure:
+    """The gap over t of several arms, each with two standard errors to either side.
+
+    Args:
+        edges: (K + 1) bin edges.
+        curves: by arm, ``mean`` (K) over seeds and its standard error ``sem`` (K), 0 or NaN where there is none.
+        boundary: between the stages.
+        title: of the figure.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    centre = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    lowest = min((x for arm in curves.values() for x in arm["mean"] if x > 0), default=1e-3)
+    for i, (name, arm) in enumerate(curves.items()):
+        mean, error = np.asarray(arm["mean"]), np.nan_to_num(np.asarray(arm["sem"]))
+        axes.plot(centre, mean, color=f"C{i}", marker="o", ms=3, lw=1.4, label=name)
+        # a logarithmic axis has no place for what two standard errors may leave below 0
+        axes.fill_between(centre, np.maximum(mean - 2 * error, lowest / 2), mean + 2 * error, color=f"C{i}", alpha=0.15,
+                          lw=0)  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    shade_stages(axes, boundary)
+    axes.set_xlabel("t   (0 = noise, 1 = data)")
+    axes.set_ylabel("distance to the oracle, squared, per value")
+    axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def paired_differences(
+    differences: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Mapping[str, str], title: str = ""
+) -> Figure:
+    """A panel for each number, with one row for each arm: the difference and its confidence interval.
+
+    Args:
+        differences: by arm and number, ``mean`` and ``low`` and ``high``, None without an interval.
+        names: of the numbers, in words.
+        title: of the figure.
+
+    Returns:
+        The figure; what excludes 0 is dark.
+    """
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.6 * columns, rows * (1.3 + 0.32 * max(len(differences), 1))), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    arms = list(differences)
+    for axes, (metric, words) in zip(panels, names.items(), strict=False):
+        for place, arm in enumerate(arms):
+            if pair := differences[arm].get(metric):
+                _interval(axes, place, pair)
+        axes.axvline(0, color="0.4", lw=0.9, ls=":")
+        axes.set_title(words, fontsize=9)
+        axes.set_yticks(range(len(arms)), arms, fontsize=8)
+        axes.set_ylim(len(arms) - 0.5, -0.5)  # the first arm on top
+        axes.tick_params(axis="x", labelsize=7)
+        axes.locator_params(axis="x", nbins=5)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _interval(axes: Axes, place: int, pair: Mapping[str, Any]) -> None:
+    low, high = pair["low"], pair["high"]
+    if low is None or high is None:
+        axes.plot([pair["mean"]], [place], marker="o", ms=5, mfc="white", mec="0.4", ls="none")
+        return
+    colour = "#c1440e" if low > 0 else "#2a6f4e" if high < 0 else "0.65"
+    axes.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="butt")
+    axes.plot([pair["mean"]], [place], marker="o", ms=5, color=colour, ls="none")
