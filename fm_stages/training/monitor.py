@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from fm_stages import plots
@@ -25,6 +25,7 @@ from fm_stages.oracle import (
     oracle_of,
     timestep_bins,
 )
+from fm_stages.training.alerts import alert
 from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
 from fm_stages.training.flops import step_flops
 from fm_stages.training.held_out import HeldOut
@@ -233,7 +234,7 @@ class OracleMonitor(L.Callback):
         if shift is not None:
             metrics["stages/shift"] = shift
         log_metrics(trainer, metrics)
-        self._test_identity(metrics["oracle/identity_z"])
+        self._test_identity(trainer, metrics["oracle/identity_z"])
         log_curves(trainer, "oracle/gap_by_t", self.train)
         self._draw(trainer)
         self._open_window(pl_module)
@@ -242,14 +243,15 @@ class OracleMonitor(L.Callback):
         self._logged_step = trainer.global_step
         return metrics["oracle/gap"]
 
-    def _test_identity(self, z: float) -> None:
+    def _test_identity(self, trainer: L.Trainer, z: float) -> None:
         """Warn when regular = gap + floor fails beyond chance in two windows running."""
         alarming = abs(z) > ALARM
         if alarming and self._alarming:
-            rank_zero_warn(
-                f"The identity regular = gap + floor is broken: z = {z:.1f}, two windows running. The bank is not the "
-                "distribution that the network trains on (another augmentation, coupling of noise and data, or "
-                "labels): do not trust gap and floor."
+            alert(
+                trainer,
+                "The identity regular = gap + floor is broken",
+                f"z = {z:.1f}, two windows running. The bank is not the distribution that the network trains on "
+                "(another augmentation, coupling of noise and data, or labels): do not trust gap and floor.",
             )
         self._alarming = alarming
 

@@ -9,11 +9,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import nn
 
 from fm_stages import plots
+from fm_stages.oracle import Curves
+from fm_stages.training.alerts import alert
+from fm_stages.training.checks import outputs_of
+from fm_stages.training.gradients import measure_gradient_variance
 from fm_stages.training.loggers import is_trial, log_figure, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.outlook import Outlook
 from fm_stages.training.policies import NoProposalError, Policy
 
 EMPHASIS = {"timesteps", "weighting"}
@@ -26,11 +32,19 @@ class StageAware(L.Callback):
     What it decides depends on numbers that are equal on all ranks; it is kept in the checkpoint, and a resumed run goes
     on with it. It needs an `OracleMonitor` among the Trainer's callbacks, before it, and a `FlowMatching` module.
 
+    It also tells what the run's curves promise (`Outlook`), and alerts of a boundary that was not found or the onset of
+    memorization; that much also without policies.
+
     Args:
         policies: what to change, each by its own rule; none leaves training alone.
+        gradients_every_n_steps: optimizer steps between measurements of how much a sample's gradient scatters with the
+            conditional and with the oracle target (`measure_gradient_variance`); 0 = never.
     """
 
-    def __init__(self, policies: list[Policy] | None = None) -> None:
+    def __init__(self, policies: list[Policy] | None = None, gradients_every_n_steps: int = 0) -> None:
+        if gradients_every_n_steps < 0:
+            raise ValueError(f"gradients_every_n_steps={gradients_every_n_steps} must be 0 or more")
+        self.gradients_every_n_steps = gradients_every_n_steps
         self.policies = list(policies or [])
         for i, policy in enumerate(self.policies):
             for other in self.policies[:i]:
@@ -42,15 +56,19 @@ class StageAware(L.Callback):
         self._last_step: dict[str, int] = {}
         self._monitor: OracleMonitor | None = None
         self._restored = False
+        self._outlook = Outlook()
+        self._window: Curves | None = None  # the last one that was added to the outlook
+        self._measured_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the monitor, and refuse what cannot be steered."""
-        if not self.policies or stage != "fit":
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [callback for callback in callbacks if isinstance(callback, OracleMonitor)]
+        self._monitor = monitors[0] if monitors and stage == "fit" else None
+        if not (self.policies or self.gradients_every_n_steps) or stage != "fit":
             return
         if not isinstance(pl_module, FlowMatching):
             raise ValueError(f"StageAware steers FlowMatching, not {type(pl_module).__name__}")
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        monitors = [callback for callback in callbacks if isinstance(callback, OracleMonitor)]
         if not monitors:
             raise ValueError("StageAware follows what OracleMonitor measures: add an OracleMonitor to the callbacks")
         if callbacks.index(monitors[0]) > callbacks.index(self):
@@ -60,11 +78,10 @@ class StageAware(L.Callback):
                 "a policy for timesteps and one for weights contradict each other, for both say how much each t "
                 "counts: choose one, or set importance_weights, which takes the density out of the objective"
             )
-        self._monitor = monitors[0]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin with what the run was configured with, or go on with what the checkpoint holds."""
-        if self._monitor is None:
+        if not self.policies:
             return
         assert isinstance(pl_module, FlowMatching)
         for policy in self.policies:
@@ -79,24 +96,47 @@ class StageAware(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Apply each policy whose turn it is."""
-        if self._monitor is None or self._monitor.profile is None:
+        monitor, step = self._monitor, trainer.global_step
+        if monitor is None or monitor.profile is None:
             return
-        assert isinstance(pl_module, FlowMatching)
-        step = trainer.global_step
+        if monitor.train is not None and monitor.train is not self._window:
+            self._window = monitor.train
+            self._outlook.add_window(step, monitor.train, monitor.profile.boundary)
+        every = self.gradients_every_n_steps
+        if every and step and step % every == 0 and step != self._measured_step:
+            self._measured_step = step
+            self._measure_gradients(trainer, pl_module, outputs)
         for policy in self.policies:
+            assert isinstance(pl_module, FlowMatching)
             last = self._last_step[_name(policy)]
             due = step >= policy.warmup_steps if last < 0 else step >= last + policy.every_n_steps
             if due and step != last:
                 self._update(trainer, pl_module, policy)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Watch for memorization."""
+        monitor = self._monitor
+        if trainer.sanity_checking or monitor is None or monitor.profile is None or monitor.train is None:
+            return
+        if (held_out := monitor.held_out.get("")) is not None:
+            text = self._outlook.add_validation(trainer.global_step, held_out, monitor.train, monitor.profile.boundary)
+            if text:
+                alert(trainer, "memorization sets in", text)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what more training would bring."""
+        if text := self._outlook.forecast():
+            rank_zero_info(f"\nForecast, {text}")
+
     def state_dict(self) -> dict[str, Any]:
-        """The numbers that are in force, and when they were last changed."""
-        return {"numbers": self._numbers, "last_step": self._last_step}
+        """The numbers that are in force, when they were last changed, and the run's curves so far."""
+        return {"numbers": self._numbers, "last_step": self._last_step, "outlook": self._outlook.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them."""
         self._numbers = {name: list(numbers) for name, numbers in state_dict["numbers"].items()}
         self._last_step = dict(state_dict["last_step"])
+        self._outlook.load_state_dict(state_dict["outlook"])
         self._restored = True
 
     def _update(self, trainer: L.Trainer, module: FlowMatching, policy: Policy) -> None:
@@ -112,6 +152,7 @@ class StageAware(L.Callback):
             proposed, reason = policy.propose(self._monitor.profile, curves)
         except NoProposalError as error:
             self._report(trainer, policy, old, f"left as it is: {error}")
+            alert(trainer, f"{name} has nothing to follow", f"{error}; training is left as it is.")
             return
         keep = policy.smoothing
         new = [math.exp(keep * math.log(a) + (1 - keep) * math.log(b)) for a, b in zip(old, proposed, strict=True)]
@@ -146,6 +187,31 @@ class StageAware(L.Callback):
             line = {"step": step, "policy": name, "dry_run": policy.dry_run, "numbers": numbers, "reason": reason}
             with (folder / "steering.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def _measure_gradients(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any) -> None:
+        """How much the oracle target calms gradients, on rows of the batch that was just trained on."""
+        assert self._monitor is not None
+        assert self._monitor.profile is not None
+        b = self._monitor.profile.boundary
+        if not 0 < b < 1:
+            return
+        seen, network = outputs_of(outputs, module), module.network
+        assert isinstance(network, nn.Module)
+        edges = [*(b * i / 3 for i in range(3)), *(b + (1 - b) * i / 3 for i in range(4))]
+        found = measure_gradient_variance(
+            network, self._monitor.oracle, self._monitor.oracle.path, seen["x1"], seen.get("labels"),
+            seen.get("index"), edges, step=trainer.global_step,
+        )  # fmt: skip
+        early, late = (sum(found.regular[k]) / max(sum(found.oracle[k]), 1e-30) for k in (slice(3), slice(3, 6)))
+        rank_zero_info(
+            f"StageAware, step {trainer.global_step}: a sample's gradient scatters {early:.2f} times as much with the "
+            f"conditional target as with the oracle's in navigation, {late:.2f} times in refinement (variance)."
+        )
+        log_metrics(trainer, {"stages/gradient_ratio_navigation": early, "stages/gradient_ratio_refinement": late})
+        figure = plots.gradient_variance(
+            found.edges, found.regular, found.oracle, b, found.mean_square, f"step {trainer.global_step}"
+        )
+        log_figure(trainer, "stages/gradient_variance", figure)
 
     @rank_zero_only
     def _draw_density(self, trainer: L.Trainer, module: FlowMatching, policy: Policy) -> None:

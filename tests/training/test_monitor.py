@@ -240,12 +240,12 @@ class TestAlarm:
         make_trainer(12, callbacks=[OracleMonitor(1, window=4)]).fit(module, datamodule=make_data(60))
         assert any("identity regular = gap + floor is broken" in str(w.message) for w in recwarn)
 
-    def test_one_bad_window_raises_none_and_two_do(self):
+    def test_one_bad_window_raises_none_and_two_do(self, make_trainer):
         monitor = OracleMonitor()
         for z in (6.0, 1.0, 6.0):
-            monitor._test_identity(z)
+            monitor._test_identity(make_trainer(), z)
         with pytest.warns(UserWarning, match=r"z = -7\.0, two windows running"):
-            monitor._test_identity(-7.0)
+            monitor._test_identity(make_trainer(), -7.0)
 
 
 class TestHeldOut:

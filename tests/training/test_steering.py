@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 import torch
 
-from fm_stages.flow import ShiftedTimesteps, StageWeighting, TabulatedTimesteps, UniformTimesteps
-from fm_stages.oracle import StageProfile
+from fm_stages.flow import LinearPath, ShiftedTimesteps, StageWeighting, TabulatedTimesteps, UniformTimesteps
+from fm_stages.oracle import Curves, StageProfile, oracle_of
 from fm_stages.training import (
     GapDensity,
     HybridTarget,
@@ -21,6 +21,7 @@ from fm_stages.training import (
     StageWeights,
     TargetByStage,
 )
+from fm_stages.training.outlook import Outlook
 
 
 def steered(make_module, make_data, make_trainer, *policies, steps=12, module=None, ckpt_path=None, **kwargs):
@@ -180,3 +181,62 @@ class TestRefusals:
     def test_another_module(self, make_trainer):
         with pytest.raises(ValueError, match="steers FlowMatching, not LightningModule"):
             StageAware([ShiftToBoundary()]).setup(make_trainer(), L.LightningModule(), "fit")
+
+
+class TestOutlook:
+    def test_gradients_are_measured_and_training_is_not_touched(self, make_module, make_data, make_trainer, caplog):
+        plain, watched = make_module(), make_module()
+        make_trainer(max_steps=6, callbacks=[OracleMonitor(every_n_steps=1)]).fit(plain, make_data())
+        callbacks = [OracleMonitor(every_n_steps=1), StageAware(gradients_every_n_steps=3)]
+        with caplog.at_level("INFO"):
+            make_trainer(max_steps=6, callbacks=callbacks).fit(watched, make_data())
+        said = [record.getMessage() for record in caplog.records if "scatters" in record.getMessage()]
+        assert [text.partition(":")[0] for text in said] == ["StageAware, step 3", "StageAware, step 6"]
+        pairs = zip(plain.network.parameters(), watched.network.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    def test_a_run_ends_with_a_forecast(self, make_module, make_data, make_trainer, caplog):
+        callback = StageAware()
+        monitor = OracleMonitor(every_n_steps=1, window=1)
+        with caplog.at_level("INFO"):
+            make_trainer(max_steps=40, callbacks=[monitor, callback]).fit(make_module(), make_data())
+        steps = [step for step, _, _ in callback._outlook.gaps]
+        assert steps == sorted(steps)
+        assert len(steps) > 30
+        forecast = callback._outlook.forecast()
+        assert forecast is None or any(forecast in record.getMessage() for record in caplog.records)
+
+    def test_memorization_is_alerted(self, make_module, make_data, make_trainer, monkeypatch):
+        """Held-out regular loss rises, the training one falls: by curves made by hand."""
+        callback, step = StageAware(), 0
+        trainer = make_trainer()
+        callback._monitor = OracleMonitor()
+        callback._monitor.profile = StageProfile.measure(
+            oracle_of(make_data().bank(), LinearPath()), num_queries=16, num_times=4
+        )
+        for held_out, training in ((0.5, 0.5), (0.4, 0.4), (0.6, 0.3), (0.7, 0.2)):
+            step += 10
+            monkeypatch.setattr(type(trainer), "global_step", step)
+            callback._monitor.train = flat(regular=training)
+            callback._monitor.held_out = {"": flat(regular=held_out)}
+            if held_out == 0.7:
+                with pytest.warns(UserWarning, match="memorization sets in"):
+                    callback.on_validation_end(trainer, None)
+            else:
+                callback.on_validation_end(trainer, None)
+
+    def test_its_state_survives_a_checkpoint(self):
+        outlook = Outlook()
+        for step in range(1, 9):
+            outlook.add_window(10 * step, flat(gap=1 / step), 0.5)
+            outlook.add_validation(10 * step, flat(regular=1 / step), flat(regular=1 / step), 0.5)
+        other = Outlook()
+        other.load_state_dict(json.loads(json.dumps(outlook.state_dict())))
+        assert other.forecast() == outlook.forecast()
+        assert other.state_dict() == outlook.state_dict()
+
+
+def flat(**mean: float) -> Curves:
+    """Curves that do not depend on t."""
+    columns = {name: [value] * 4 for name, value in mean.items()}
+    return Curves([0.0, 0.25, 0.5, 0.75, 1.0], [50] * 4, columns, {name: [0.01] * 4 for name in mean})
