@@ -139,7 +139,7 @@ class _Study:
         wanted = [run for run in self.runs if self.options.run in (None, run.name)]
         todo = [] if self.options.report else [run for run in wanted if run.result() is None]
         probe = Probe(self.module, self.data, self.profile, self.settings, self.device) if todo else None
-        with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="run", disable=not wanted) as bar:
+        with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="run", disable=not todo) as bar:
             for run in todo:
                 bar.set_description(f"{run.arm.name}, seed {run.seed}")
                 try:

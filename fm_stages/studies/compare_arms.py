@@ -76,7 +76,7 @@ def resolve(files: Sequence[str | Path]) -> dict[str, Any]:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     try:
         reader = _Reader([f"--config={file}" for file in files], run=False)
-        return yaml.safe_load(reader.parser.dump(reader.config, skip_none=False))
+        return yaml.safe_load(reader.parser.dump(reader.config, skip_unset=False))
     except (ArgumentError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
 
@@ -154,7 +154,7 @@ def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, An
             if found:
                 return found
         return None
-    return None if before == now else (key, before, now)
+    return None if repr(before) == repr(now) else (key, before, now)  # NaN is not equal to itself
 
 
 def _expand(files: Sequence[str]) -> Iterator[Path]:

@@ -106,8 +106,8 @@ def write_report(comparison: Comparison, out: Path) -> None:
         plots.save(plots.gap_of_arms(comparison.edges(), curves, boundary, _title(comparison)), out / "gap_by_t.png")
         forest = {arm: {m: asdict(p) for m, p in pairs.items()} for arm, pairs in comparison.differences().items()}
         title = (
-            f"{comparison.name}: difference to {comparison.reference}, mean over seeds and 95 % interval (green: better, "
-            "red: worse, grey: the interval holds 0; open: one seed, no interval)"
+            f"{comparison.name}: difference to {comparison.reference}, mean over seeds and 95 % interval "
+            "(green: better, red: worse, grey: the interval holds 0; open: one seed, no interval)"
         )
         plots.save(plots.paired_differences(forest, COLUMNS, title), out / "differences.png")
     write_atomically(out / "report.md", report_text(comparison))
@@ -187,8 +187,8 @@ def _table_of_differences(c: Comparison) -> list[str]:
         return ["No arm has a seed in common with the reference yet."]
     head = [f"arm, against {c.reference}", "number", "difference", "relative", "95 % interval", "could show", "seeds"]
     words = [
-        "Negative is better than the reference. A star: the 95 % confidence interval (Student's t over seeds, paired) excludes 0. Without "
-        "correction for the number of rows: of 20 without a true difference one has a star.",
+        "Negative is better than the reference. A star: the 95 % confidence interval (Student's t over seeds, paired) "
+        "excludes 0. Without correction for the number of rows: of 20 without a true difference one has a star.",
         "*could show*: the smallest true difference that this many seeds would have shown with probability 80 %, at "
         "the spread seen here. A row without a star rules out nothing smaller.",
     ]
@@ -207,8 +207,8 @@ def _explanations(c: Comparison) -> list[str]:
         "the held-out regular loss follows: the rest is memorization.",
         "",
         "*Pixel MMD (not FID)*: squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 on pixels, between "
-        f"up to {num} samples ({c.settings.solver_steps} Euler steps, the same noise for all) and as many held-out images "
-        f"of the same classes; unbiased, so 0 is perfect. Standard error of one run over {NUM_SUBSETS} parts: "
+        f"up to {num} samples ({c.settings.solver_steps} Euler steps, the same noise for all) and as many held-out "
+        f"images of the same classes; unbiased, so 0 is perfect. Standard error of one run over {NUM_SUBSETS} parts: "
         f"{_number(_mmd_error(c))}. *Wall time* counts start-up, monitoring, validation and sample grids, and so do "
         "steps/s." + _resumed(c),
     ]

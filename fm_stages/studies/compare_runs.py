@@ -6,13 +6,13 @@ import fcntl
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 import yaml
@@ -156,9 +156,7 @@ def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda:
         # PL_GLOBAL_SEED of this process would be one seed for all
         environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"} | names
         status = _wait(
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, pass_fds=[lock]
-            ),
+            Popen(command, stdin=DEVNULL, stdout=file, stderr=file, env=environment, pass_fds=[lock]),
             on_poll,
         )
     if status or not run.checkpoint.is_file():
@@ -169,7 +167,7 @@ def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda:
     return found
 
 
-def _wait(process: subprocess.Popen, on_poll: Callable[[], None]) -> int:
+def _wait(process: Popen, on_poll: Callable[[], None]) -> int:
     """The exit status; whoever is interrupted while waiting ends the process, too."""
     try:
         while process.poll() is None:
