@@ -150,10 +150,11 @@ class _Study:
                     bar.write(f"Run {run.name} failed: {error}", file=sys.stderr)
                 bar.update()
         if self.options.run is None:
-            self._report(failed, bool(todo))
+            self._report(failed, news=len(todo) > len(failed))
         return failed
 
     def _report(self, failed: dict[str, str], news: bool) -> None:
+        """Write the report, and tell wandb if there is something new in it."""
         results: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in self.arms}
         missing = {}
         for run in self.runs:
