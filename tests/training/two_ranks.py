@@ -14,7 +14,16 @@ from lightning.pytorch.loggers import CSVLogger
 from fm_stages.data import Digits
 from fm_stages.flow import LogitNormalTimesteps
 from fm_stages.networks import DiT
-from fm_stages.training import Checkpoints, FlowMatching, HybridTarget, OracleMonitor, SampleGrid, Throughput
+from fm_stages.training import (
+    Checkpoints,
+    FlowMatching,
+    HybridTarget,
+    OracleMonitor,
+    SampleGrid,
+    ShiftToBoundary,
+    StageAware,
+    Throughput,
+)
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
 
@@ -71,6 +80,7 @@ def flow_matching(folder: Path, strategy: str, devices: int, ckpt_path: Path | N
     )
     callbacks = [
         OracleMonitor(every_n_steps=1, window=3),
+        StageAware([ShiftToBoundary(0.6)], gradients_every_n_steps=4),
         SampleGrid(every_n_steps=3, num_samples=10, num_steps=2),
         Throughput(every_n_steps=2),
         Checkpoints(save_top_k=-1),
