@@ -28,6 +28,7 @@ from fm_stages.flow.weighting import (
     StageWeighting,
     UniformWeighting,
     Weighting,
+    weights_for_share,
 )
 
 __all__ = [
@@ -63,4 +64,5 @@ __all__ = [
     "shift_time",
     "stratified_uniform",
     "time_grid",
+    "weights_for_share",
 ]

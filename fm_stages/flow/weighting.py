@@ -20,6 +20,9 @@ from fm_stages.flow.timesteps import TimestepSampler, UniformTimesteps
 NUM_QUANTILES = 2**16
 """Of the density of t, over which weights are averaged."""
 
+WIDTH = 0.25
+"""Of the hand-over between the stages, in logit(t)."""
+
 
 class Weighting(ABC):
     """A weight for each sample's loss, with mean 1 under the density that t is drawn from.
@@ -166,7 +169,7 @@ class StageWeighting(Weighting):
         ValueError: if the boundary is not inside (0, 1), a weight is negative, or both are 0.
     """
 
-    def __init__(self, boundary: float, navigation: float, refinement: float, width: float = 0.25) -> None:
+    def __init__(self, boundary: float, navigation: float, refinement: float, width: float = WIDTH) -> None:
         if not 0 < boundary < 1 or not width > 0:
             raise ValueError(f"boundary={boundary} must lie in (0, 1) and width={width} be positive")
         if not all(0 <= weight < math.inf for weight in (navigation, refinement)) or navigation == refinement == 0:
@@ -178,3 +181,41 @@ class StageWeighting(Weighting):
         logit_boundary = math.log(self.boundary / (1 - self.boundary))
         early = torch.sigmoid((logit_boundary - torch.logit(t)) / self.width)
         return self.refinement + (self.navigation - self.refinement) * early
+
+
+def weights_for_share(
+    share: float, boundary: float, width: float = WIDTH, timesteps: TimestepSampler | None = None
+) -> tuple[float, float]:
+    """Weights with which `StageWeighting` gives navigation a share of the weight, hand-over included.
+
+    With e(t) the sigmoid of the hand-over and k = navigation / refinement - 1, the share is
+    (P(t < b) + k E[e; t < b]) / (1 + k E[e]), solved for k.
+
+    Args:
+        share: of the weight before the boundary, in (0, 1).
+        boundary: between the stages, in (0, 1).
+        width: of the hand-over, in logit(t).
+        timesteps: the density that t is drawn from; uniform by default.
+
+    Returns:
+        Weights of navigation and refinement, of mean 1.
+
+    Raises:
+        ValueError: if no two weights do that, with the shares that can be had.
+    """
+    if not 0 < boundary < 1:
+        raise ValueError(f"the boundary must lie in (0, 1), got {boundary}")
+    u = (torch.arange(NUM_QUANTILES, dtype=torch.float64) + 0.5) / NUM_QUANTILES
+    t = (timesteps or UniformTimesteps()).icdf(u)
+    early = torch.sigmoid((math.log(boundary / (1 - boundary)) - torch.logit(t)) / width)
+    before = t < boundary
+    draws, early_before, mean = (x.mean().item() for x in (before.double(), early * before, early))
+    least, most = (draws - early_before) / max(1 - mean, 1e-12), early_before / max(mean, 1e-12)
+    if not least < share < most:
+        raise ValueError(
+            f"with a hand-over of width {width} navigation can have {least:.1%} to {most:.1%} of the weight, not "
+            f"{share:.1%}: choose another share or a smaller width"
+        )
+    k = (share - draws) / (early_before - share * mean)
+    refinement = 1 / (1 + k * mean)
+    return (1 + k) * refinement, refinement

@@ -146,10 +146,10 @@ class _CommonDraws:
 
         # given x_t the row that it was made from is distributed as the posterior, so sum g_i^2 is its expected weight
         columns = [post.top1, post.ess, post.entropy, 1 / post.ess, scaled(post.variance)]
-        table = torch.stack([x.double() for x in columns], 1).split(num)
+        table = torch.stack([x.double() for x in columns], 1).chunk(kinds)
         if kinds == 1:
             return table[0]
-        one, other = post.mean.double().flatten(1).split(num)
+        one, other = post.mean.double().flatten(1).chunk(kinds)
         return torch.cat([*table, scaled((one - other).square().sum(1))[:, None]], 1)
 
 

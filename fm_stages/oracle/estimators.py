@@ -179,7 +179,10 @@ class SharedBatchOracle:
         """
         num_further = self.num_reference - len(x1)
         if num_further < 0:
-            raise ValueError(f"a batch of {len(x1)} rows does not fit into a reference of {self.num_reference}")
+            raise ValueError(
+                f"a batch of {len(x1)} rows does not fit into a reference of num_reference={self.num_reference}: raise "
+                "it to the batch size or above"
+            )
         further = torch.randint(self.bank.num_rows, (num_further,), generator=self.generator)
         rows = torch.cat([x1.float(), self.bank.rows(further).reshape(-1, *self.bank.shape)])
         return SubsetOracle(_Unlabelled(rows), self.path, self.approximate)

@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import ArgumentError
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from fm_stages.training import read_checkpoint
 
 def compare_parser() -> ArgumentParser:
     """The options of the command."""
-    parser = ArgumentParser(prog="fm-stages compare", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog="fm-stages compare", description=__doc__, exit_on_error=False, allow_abbrev=False)
     files: dict[str, Any] = {"type": str, "nargs": "+", "action": "extend", "required": True}
     parser.add_argument("--config", **files, help="the base, as for fit; a later file lies on an earlier one")
     parser.add_argument(
@@ -189,7 +190,7 @@ class _Study:
         """The stages of the data, measured once; the first process of several keeps its own."""
         file = self.out / "profile.json"
         if not file.is_file():
-            profile = measure_stages(self.module, self.data, self.device, print)
+            profile = measure_stages(self.module, self.data, self.device, partial(print, file=sys.stderr))
             part = file.with_name(f"profile.{os.getpid()}.part")
             profile.save(part)
             try:

@@ -26,6 +26,7 @@ SHARED = {
     "model.seed": "every arm runs with the same seeds",
     "model.path": "a gap is measured on one path",
     "init_from": "every arm starts from the same weights",
+    "ckpt_path": "every arm starts from the same weights",
     "trainer.default_root_dir": "each run has a folder of its own",
 }
 """What an arm may not change, and why."""

@@ -121,8 +121,8 @@ def report_text(c: Comparison) -> str:
         f"# {c.name}: {len(c.arms)} arms, {len(c.seeds)} seed{'s' * (len(c.seeds) != 1)}",
         "",
         f"Base: {', '.join(f'`{file}`' for file in c.base)}. Reference: `{c.reference}`. Finished: {finished} of "
-        f"{len(c.arms) * len(c.seeds)} runs. All arms of a seed start from the same weights and see the same images, "
-        "noise and base random numbers.",
+        f"{len(c.arms) * len(c.seeds)} runs. All arms of a seed start from the same weights and are given the same "
+        "images, noise and base random numbers.",
         "",
         *(f"- **Missing**: {run}: {reason}" for run, reason in c.missing.items()),
         *(

@@ -5,6 +5,7 @@ No rule here has been confirmed by a sweep on the data at hand; each says so.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from fm_stages.flow import (
     TimestepSampler,
     UniformTimesteps,
     shift_for_share,
+    weights_for_share,
 )
 from fm_stages.oracle import StageProfile
 from fm_stages.training import expected_floors
@@ -73,7 +75,9 @@ def recommend(profile: StageProfile, share: float = SHARE) -> list[Recommendatio
     b = profile.boundary
     if not 0 < b < 1:
         return []
-    found = [training_shift(b, share), logit_normal(b, share), stage_weights(b, share)]
+    found = [training_shift(b, share), logit_normal(b, share)]
+    with contextlib.suppress(ValueError):  # so close to an end that the hand-over reaches beyond it
+        found.append(stage_weights(b, share))
     if EARLY * b < 1:
         found.append(sampling_shift(b, share))
     if profile.label_dropout < 1:
@@ -108,13 +112,12 @@ def logit_normal(b: float, share: float) -> Recommendation:
 
 def stage_weights(b: float, share: float) -> Recommendation:
     """Weights of the loss that emphasise the stages as the shift does, with uniform t; b is the boundary."""
-    early, late = share / b, (1 - share) / (1 - b)
+    early, late = weights_for_share(share, b)
     return Recommendation(
         "stage weights instead",
         f"navigation {early:.3g}, refinement {late:.3g}",
         {"navigation": early, "refinement": late},
-        f"f / b and (1 - f) / (1 - b): navigation has about {share:.0%} of the weight under uniform t (about, because "
-        "the hand-over between the two is smooth)",
+        f"navigation has {share:.0%} of the weight under uniform t, the smooth hand-over at the boundary included",
         _yaml("weighting", "fm_stages.flow.StageWeighting", boundary=b, navigation=early, refinement=late),
     )
 

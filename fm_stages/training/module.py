@@ -77,6 +77,8 @@ class FlowMatching(L.LightningModule):
         self.weighting = weighting or UniformWeighting()
         self.importance_weights = importance_weights
         self.draw_from(timesteps or UniformTimesteps())
+        self.configured = self.timesteps, self.weighting, self.target
+        """What the run was configured with, whatever steers it."""
         self.make_optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.label_dropout = label_dropout

@@ -154,6 +154,11 @@ class OracleMonitor(L.Callback):
         self.wiener = linear_reference(bank, self.oracle.path)
         density = density_of(pl_module)
         rank_zero_info(f"Oracle: stages {source}: {describe_stages(self.profile, density)}")
+        if not 0 < self.profile.boundary < 1:
+            text = (
+                "the posterior has always collapsed" if self.profile.boundary == 0 else "the posterior never collapses"
+            )
+            alert(trainer, "No boundary between the stages was found", f"{text}: is the data what it should be?")
 
     # training --------------------------------------------------------------------------------------------------------
 

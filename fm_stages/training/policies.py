@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fm_stages.flow import (
     TimestepSampler,
     UniformTimesteps,
     shift_for_share,
+    weights_for_share,
 )
 from fm_stages.oracle import Curves, Oracle, StageProfile, timestep_bins
 from fm_stages.training.module import FlowMatching
@@ -28,6 +30,10 @@ from fm_stages.training.targets import BlendTarget, ConditionalTarget, HybridTar
 
 NODES = timestep_bins()
 """Times between which a steered density is linear."""
+
+
+HAND_OVER = 1.05
+"""A blended target ends at this many times the boundary: a table has no jumps."""
 
 
 class NoProposalError(Exception):
@@ -50,8 +56,11 @@ class Policy(ABC):
     follows: str
     """The data (the boundary, which no training moves) or the model (the gap)."""
 
+    num_fixed = 0
+    """How many of its first numbers are places in t, which are not smoothed."""
+
     def __init__(
-        self, warmup_steps: int = 0, every_n_steps: int = 1000, smoothing: float = 0.5, dry_run: bool = False
+        self, warmup_steps: int = 0, every_n_steps: int = 1000, smoothing: float = 0.0, dry_run: bool = False
     ) -> None:
         if warmup_steps < 0 or every_n_steps < 1 or not 0 <= smoothing < 1:
             raise ValueError(
@@ -105,12 +114,9 @@ class ShiftToBoundary(Policy):
         fraction: float = 0.5,
         smallest: float = 0.1,
         largest: float = 10.0,
-        warmup_steps: int = 0,
-        every_n_steps: int = 1000,
-        smoothing: float = 0.0,
-        dry_run: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        super().__init__(**kwargs)
         if not 0 < fraction < 1 or not 0 < smallest <= largest < math.inf:
             raise ValueError(
                 f"fraction={fraction} must lie in (0, 1), and 0 < smallest={smallest} <= largest={largest}"
@@ -133,7 +139,10 @@ class ShiftToBoundary(Policy):
 
     def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
         """See `Policy`."""
-        module.draw_from(ShiftedTimesteps(numbers[0], self._base))
+        if isinstance(self._base, ShiftedTimesteps):  # two shifts are one, and its number is what is logged
+            module.draw_from(ShiftedTimesteps(numbers[0] * self._base.shift, self._base.base))
+        else:
+            module.draw_from(ShiftedTimesteps(numbers[0], self._base))
 
     def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
         """See `Policy`."""
@@ -148,7 +157,7 @@ class GapDensity(Policy):
     Args:
         power: of the gap; 0 is uniform.
         floor: share of draws that stay uniform, so that no t starves, in (0, 1].
-        largest: bound of the density, over uniform.
+        largest: bound of the density that is proposed, over uniform.
         kwargs: as for `Policy`.
     """
 
@@ -209,17 +218,15 @@ class StageWeights(Policy):
     """
 
     steers, follows = "weighting", "data"
+    num_fixed = 1
 
     def __init__(
         self,
         fraction: float = 0.5,
         width: float = 0.25,
-        warmup_steps: int = 0,
-        every_n_steps: int = 1000,
-        smoothing: float = 0.0,
-        dry_run: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        super().__init__(**kwargs)
         if not 0 < fraction < 1 or not width > 0:
             raise ValueError(f"fraction={fraction} must lie in (0, 1) and width={width} be positive")
         self.fraction, self.width = fraction, width
@@ -232,17 +239,18 @@ class StageWeights(Policy):
                 f"StageWeights would take the place of {type(module.weighting).__name__}, which learns weights of its "
                 "own: choose one of them"
             )
-        self._timesteps = module.timesteps
+        # the objective's density of t
+        self._timesteps = UniformTimesteps() if module.importance_weights else module.timesteps
         return [0.5, 1.0, 1.0]
 
     def propose(self, profile: StageProfile, curves: Curves | None) -> tuple[list[float], str]:
         """See `Policy`."""
         b = _boundary(profile)
-        before = self._timesteps.cdf(torch.tensor(b, dtype=torch.float64)).item()
-        if not 1e-3 < before < 1 - 1e-3:
-            raise NoProposalError(f"{before:.1%} of the draws fall before the boundary, t = {b:.3f}: nothing to weigh")
-        numbers = [b, self.fraction / before, (1 - self.fraction) / (1 - before)]
-        return numbers, f"{self.fraction:.0%} of the weight before the boundary, t = {b:.3f}"
+        try:
+            weights = weights_for_share(self.fraction, b, self.width, self._timesteps)
+        except ValueError as error:
+            raise NoProposalError(str(error)) from error
+        return [b, *weights], f"{self.fraction:.0%} of the weight before the boundary, t = {b:.3f}"
 
     def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
         """See `Policy`."""
@@ -267,12 +275,9 @@ class TargetByStage(Policy):
     def __init__(
         self,
         share: float = 1.0,
-        warmup_steps: int = 0,
-        every_n_steps: int = 1000,
-        smoothing: float = 0.0,
-        dry_run: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(warmup_steps, every_n_steps, smoothing, dry_run)
+        super().__init__(**kwargs)
         if not 0 < share <= 1:
             raise ValueError(f"share={share} must lie in (0, 1]")
         self.share = share
@@ -293,7 +298,7 @@ class TargetByStage(Policy):
     def apply(self, module: FlowMatching, oracle: Oracle, numbers: Sequence[float]) -> None:
         """See `Policy`."""
         b = numbers[0]
-        target = HybridTarget(b) if self.share == 1 else BlendTarget([b, min(1.0, 1.05 * b)], [self.share, 0.0])
+        target = HybridTarget(b) if self.share == 1 else BlendTarget([b, min(1.0, HAND_OVER * b)], [self.share, 0.0])
         target.attach(oracle)
         module.target = target
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
@@ -32,8 +33,8 @@ class StageAware(L.Callback):
     What it decides depends on numbers that are equal on all ranks; it is kept in the checkpoint, and a resumed run goes
     on with it. It needs an `OracleMonitor` among the Trainer's callbacks, before it, and a `FlowMatching` module.
 
-    It also tells what the run's curves promise (`Outlook`), and alerts of a boundary that was not found or the onset of
-    memorization; that much also without policies.
+    It also tells what the run's curves promise (`Outlook`), and alerts of the onset of memorization; that much also
+    without policies.
 
     Args:
         policies: what to change, each by its own rule; none leaves training alone.
@@ -56,6 +57,7 @@ class StageAware(L.Callback):
         self._last_step: dict[str, int] = {}
         self._monitor: OracleMonitor | None = None
         self._restored = False
+        self._refused: dict[str, str] = {}
         self._outlook = Outlook()
         self._window: Curves | None = None  # the last one that was added to the outlook
         self._measured_step = -1
@@ -73,6 +75,8 @@ class StageAware(L.Callback):
             raise ValueError("StageAware follows what OracleMonitor measures: add an OracleMonitor to the callbacks")
         if callbacks.index(monitors[0]) > callbacks.index(self):
             raise ValueError("OracleMonitor must come before StageAware in the list of callbacks: it measures first")
+        if self.gradients_every_n_steps and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError("gradients_every_n_steps measures networks that are whole on each rank: set it to 0")
         if {policy.steers for policy in self.policies} >= EMPHASIS and not pl_module.importance_weights:
             raise ValueError(
                 "a policy for timesteps and one for weights contradict each other, for both say how much each t "
@@ -84,6 +88,9 @@ class StageAware(L.Callback):
         if not self.policies:
             return
         assert isinstance(pl_module, FlowMatching)
+        timesteps, weighting, pl_module.target = pl_module.configured  # an earlier fit may have steered them
+        pl_module.weigh_by(weighting)
+        pl_module.draw_from(timesteps)
         for policy in self.policies:
             begin = policy.start(pl_module)
             if self._restored and _name(policy) in self._numbers:
@@ -110,7 +117,7 @@ class StageAware(L.Callback):
             assert isinstance(pl_module, FlowMatching)
             last = self._last_step[_name(policy)]
             due = step >= policy.warmup_steps if last < 0 else step >= last + policy.every_n_steps
-            if due and step != last:
+            if due and step not in (0, last):  # inside a step of accumulated gradients nothing may change
                 self._update(trainer, pl_module, policy)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -151,18 +158,21 @@ class StageAware(L.Callback):
         try:
             proposed, reason = policy.propose(self._monitor.profile, curves)
         except NoProposalError as error:
-            self._report(trainer, policy, old, f"left as it is: {error}")
-            alert(trainer, f"{name} has nothing to follow", f"{error}; training is left as it is.")
+            if self._refused.get(name) != str(error):  # once, for what follows the data hears the same each time
+                self._refused[name] = str(error)
+                alert(trainer, f"{name} has nothing to follow", f"{error}; training is left as it is.")
+                self._report(trainer, policy, None, f"left as it is: {error}")
             return
         keep = policy.smoothing
         new = [math.exp(keep * math.log(a) + (1 - keep) * math.log(b)) for a, b in zip(old, proposed, strict=True)]
+        new[: policy.num_fixed] = proposed[: policy.num_fixed]
         if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(old, new, strict=True)):
             return  # what follows the data alone has arrived
         self._numbers[name] = new
         if not policy.dry_run:
             self._apply(module, policy)
         self._report(trainer, policy, new, reason)
-        if policy.steers == "timesteps":
+        if policy.steers == "timesteps" and not policy.dry_run:
             self._draw_density(trainer, module, policy)
 
     def _apply(self, module: FlowMatching, policy: Policy) -> None:
@@ -172,11 +182,11 @@ class StageAware(L.Callback):
         policy.apply(module, self._monitor.oracle, self._numbers[_name(policy)])
 
     @rank_zero_only
-    def _report(self, trainer: L.Trainer, policy: Policy, numbers: list[float], reason: str) -> None:
+    def _report(self, trainer: L.Trainer, policy: Policy, numbers: list[float] | None, reason: str) -> None:
         """A line for the person, one for the file, and the numbers for the logger."""
         name, step = _name(policy), trainer.global_step
-        scalars = policy.scalars(numbers)
-        would = "would set " if policy.dry_run else ""
+        scalars = policy.scalars(numbers) if numbers else {}
+        would = "would set " if policy.dry_run and numbers else ""
         values = ", ".join(f"{key.rpartition('/')[2]} {value:.4g}" for key, value in scalars.items())
         rank_zero_info(f"StageAware, step {step}: {name} {would}{values} ({reason}; follows the {policy.follows}).")
         prefix = "dry_run/" if policy.dry_run else ""

@@ -54,6 +54,7 @@ class ClassSubsetTarget(Target):
         u = keyed_uniform(("subset draw", self.seed, self.step), position)
         drawn = torch.empty(len(x1), dtype=torch.int64)
         for label in labels.unique().tolist():
+            self._oracle().bank.slice_of(label)  # raises if there is no such row
             pool, asked = self._pools[label], (labels == label).cpu()
             drawn[asked] = pool[(u[asked] * len(pool)).long()]
         drawn = drawn.to(x1.device)

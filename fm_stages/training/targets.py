@@ -146,7 +146,6 @@ class BlendTarget(Target):
     """
 
     needs_oracle = True
-    can_skip = True
 
     def __init__(self, t: Sequence[float], share: Sequence[float]) -> None:
         super().__init__()
@@ -155,15 +154,20 @@ class BlendTarget(Target):
         if not all(0 <= s <= 1 for s in share):
             raise ValueError(f"shares of the oracle lie in [0, 1], got {list(share)}")
         self.t, self.share = list(t), list(share)
+        self.can_skip = self.share[-1] > 0  # what can be skipped lies past the boundary
 
     def __call__(
         self, path: Path, x0: Tensor, x1: Tensor, t: Tensor, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """See `Target`."""
-        oracle = self._oracle()
-        best = oracle.target(x0, x1, t, labels, index if oracle.collapses else None)
+        target, oracle = path.velocity(x0, x1, t), self._oracle()
         share = torch.as_tensor(np.interp(t.cpu().numpy(), self.t, self.share)).to(t)
-        return torch.lerp(path.velocity(x0, x1, t), best, expand_time(share, best))
+        asked = share > 0
+        if bool(asked.any()) or oracle.bank.group is not None:  # ranks of a shared bank wait for one another
+            rest = [None if each is None else each[asked] for each in (labels, index if oracle.collapses else None)]
+            best = oracle.target(x0[asked], x1[asked], t[asked], *rest).to(target.dtype)
+            target[asked] = torch.lerp(target[asked], best, expand_time(share[asked], best))
+        return target
 
 
 class TemperedTarget(Target):

@@ -252,7 +252,7 @@ class TestSharedBatch:
         bank = DataBank(some[0])
         with pytest.raises(ValueError, match="at least one row, got 0"):
             self.shared(bank, 0)
-        with pytest.raises(ValueError, match="batch of 9 rows does not fit into a reference of 8"):
+        with pytest.raises(ValueError, match="batch of 9 rows does not fit into a reference of num_reference=8"):
             self.shared(bank, 8).of_batch(some[0][:9])
         with pytest.raises(ValueError, match="counts rows of the training set"):
             self.shared(bank, 8).of_batch(some[0][:4]).bank.rows(torch.arange(2))

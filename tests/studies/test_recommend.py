@@ -68,13 +68,10 @@ class TestRules:
     @pytest.mark.parametrize(("b", "share"), CASES)
     def test_weights_have_mean_1_and_the_share_before_the_boundary(self, profile_of, b, share):
         weights = numbers(profile_of(b), share)[WEIGHTS]
-        early, late = b * weights["navigation"], (1 - b) * weights["refinement"]
-        assert early + late == pytest.approx(1)
-        assert early == pytest.approx(share)
         t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
         w = StageWeighting(b, **weights)(t)
         assert w.mean().item() == pytest.approx(1, abs=1e-6)
-        assert (w * (t < b)).mean().item() == pytest.approx(share, abs=0.08)  # the hand-over is smooth
+        assert (w * (t < b)).mean().item() == pytest.approx(share, abs=1e-3)
 
     @pytest.mark.parametrize(("b", "share"), [case for case in CASES if case[0] < 0.5])
     def test_the_share_of_steps_is_before_twice_the_boundary(self, profile_of, b, share):

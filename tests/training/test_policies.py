@@ -49,6 +49,13 @@ class TestShiftToBoundary:
         u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
         assert torch.allclose(module.timesteps.icdf(u), base.icdf(u))
 
+    def test_two_shifts_are_one(self, make_module):
+        policy = ShiftToBoundary(0.5)
+        module, _ = started(policy, make_module, timesteps=ShiftedTimesteps(2.0))
+        policy.apply(module, ORACLE, [3.0])
+        assert module.timesteps.shift == 6.0
+        assert isinstance(module.timesteps.base, UniformTimesteps)
+
     def test_the_formula_for_uniform_t(self):
         (shift,), _ = ShiftToBoundary(0.6).propose(stages(0.25), None)
         assert shift == pytest.approx(0.6 * 0.75 / (0.4 * 0.25))
@@ -113,26 +120,30 @@ class TestGapDensity:
 
 
 class TestStageWeights:
-    @pytest.mark.parametrize("base", [UniformTimesteps(), ShiftedTimesteps(2.0)])
-    def test_navigation_has_its_share_of_the_weight(self, make_module, base):
-        policy = StageWeights(0.6, width=0.01)
-        module, begin = started(policy, make_module, timesteps=base)
-        policy.apply(module, ORACLE, policy.propose(stages(0.3), None)[0])
-        t = base.sample(50_000, torch.Generator().manual_seed(0))
+    @pytest.mark.parametrize("importance", [False, True])
+    @pytest.mark.parametrize("base", [UniformTimesteps(), LogitNormalTimesteps(0.2, 1.3)])
+    @pytest.mark.parametrize(("share", "boundary"), [(0.6, 0.3), (0.2, 0.3), (0.7, 0.578), (0.3, 0.1)])
+    def test_navigation_has_its_share_of_the_weight(self, make_module, base, share, boundary, importance):
+        policy = StageWeights(share)
+        module, begin = started(policy, make_module, timesteps=base, importance_weights=importance)
+        policy.apply(module, ORACLE, policy.propose(stages(boundary), None)[0])
+        t = base.icdf((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
         weights = module.weighting(t)
-        assert weights.mean().item() == pytest.approx(1, abs=0.02)
-        assert (weights[t < 0.3].sum() / weights.sum()).item() == pytest.approx(0.6, abs=0.02)
+        assert weights.mean().item() == pytest.approx(1, abs=0.01)
+        assert (weights[t < boundary].sum() / weights.sum()).item() == pytest.approx(share, abs=0.01)
         policy.apply(module, ORACLE, begin)
-        assert module.weighting(t[:5]).tolist() == pytest.approx([1.0] * 5)
+        some = t[10_000::20_000][:9]
+        plain = base.log_prob(some).neg().exp().tolist() if importance else [1.0] * 9
+        assert module.weighting(some).tolist() == pytest.approx(plain, rel=1e-3)
 
     def test_refuses_to_replace_weights_that_are_learned(self, make_module):
         with pytest.raises(ValueError, match="LearnedWeighting, which learns"):
             StageWeights().start(make_module(weighting=LearnedWeighting()))
 
-    def test_proposes_nothing_where_nothing_is_drawn(self, make_module):
-        policy = StageWeights()
+    @pytest.mark.parametrize("policy", [StageWeights(0.99), StageWeights(0.5)])
+    def test_proposes_nothing_where_no_weights_give_the_share(self, make_module, policy):
         started(policy, make_module, timesteps=LogitNormalTimesteps(4.0, 0.3))
-        with pytest.raises(NoProposalError, match="nothing to weigh"):
+        with pytest.raises(NoProposalError, match="of the weight, not"):
             policy.propose(stages(0.1), None)
 
 

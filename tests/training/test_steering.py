@@ -157,6 +157,24 @@ class TestResume:
         assert other.timesteps.density == module.timesteps.density
 
 
+class TestAgain:
+    def test_a_second_fit_of_one_module_begins_with_what_was_configured(self, make_module, make_data, make_trainer):
+        module = make_module()
+        for _ in range(2):
+            policies = ShiftToBoundary(0.7), TargetByStage()
+            trainer, _, _ = steered(make_module, make_data, make_trainer, *policies, module=module, steps=3)
+            b = trainer.callbacks[0].profile.boundary
+            assert module.timesteps.shift == pytest.approx(0.7 * (1 - b) / (0.3 * b))
+            assert module.target.boundary == b
+
+    def test_nothing_changes_inside_a_step_of_accumulated_gradients(
+        self, make_module, make_data, make_trainer, tmp_path
+    ):
+        two = {"accumulate_grad_batches": 2, "default_root_dir": tmp_path}
+        trainer, _, _ = steered(make_module, make_data, make_trainer, ShiftToBoundary(0.7), steps=3, **two)
+        assert [line["step"] for line in lines(trainer)] == [1]
+
+
 class TestRefusals:
     def test_two_policies_for_one_thing(self):
         with pytest.raises(ValueError, match="ShiftToBoundary and GapDensity both change the timesteps"):

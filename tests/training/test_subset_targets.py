@@ -124,7 +124,7 @@ class TestSharedBatch:
 
     def test_refuses_a_batch_that_does_not_fit(self, oracle):
         target = attached(SharedBatchTarget(num_reference=8), oracle)
-        with pytest.raises(ValueError, match="does not fit into a reference of 8"):
+        with pytest.raises(ValueError, match="does not fit into a reference of num_reference=8"):
             target(PATH, torch.randn(16, *SHAPE), oracle.bank.rows(torch.arange(16)), torch.rand(16))
 
     def test_refuses_no_rows(self):

@@ -135,6 +135,15 @@ class TestBlend:
         for i, share in enumerate([1.0, 1.0, 0.5, 0.0, 0.0, 0.75]):  # t = 0.05, 0.2, 0.4, 0.6, 0.8, 0.3
             assert torch.allclose(blend[i], share * best[i] + (1 - share) * usual[i], atol=1e-5)
 
+    def test_asks_nothing_where_its_share_is_0(self, draws, monkeypatch):
+        path, oracle, x0, x1, t, labels, index = draws
+        target = attached(BlendTarget([0.5, 0.55], [1.0, 0.0]), oracle)
+        asked, usual = [], oracle.target
+        monkeypatch.setattr(oracle, "target", lambda x0, *rest: asked.append(len(x0)) or usual(x0, *rest))
+        target(path, x0, x1, t, labels, index)
+        target(path, x0[3:5], x1[3:5], t[3:5], labels[3:5], index[3:5])
+        assert asked == [4]  # t = 0.05, 0.2, 0.4, 0.3
+
     @pytest.mark.parametrize(
         ("t", "share"), [([], []), ([0.1], [0.5, 0.5]), ([0.2, 0.1], [1, 0]), ([0.1, 0.2], [1, 1.1]), ([0.1], [-0.1])]
     )
