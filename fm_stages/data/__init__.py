@@ -3,7 +3,7 @@
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range
 from fm_stages.data.module import ImageData
-from fm_stages.data.rows import Rows, read_rows
+from fm_stages.data.rows import Rows, read_rows, some_rows
 
 __all__ = [
     "CIFAR10",
@@ -16,5 +16,6 @@ __all__ = [
     "LabelledImages",
     "Rows",
     "read_rows",
+    "some_rows",
     "to_model_range",
 ]

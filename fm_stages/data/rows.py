@@ -74,15 +74,20 @@ def read_rows(path: str | Path, image_size: int | None = None, num_rows: int | N
     source = _open(path, image_size)
     if image_size is not None and source.shape[-1] != image_size:
         raise ValueError(f"--image_size is for a folder of images; the rows of {path} are of shape {source.shape}")
-    index = torch.arange(source.num_rows)
-    if num_rows is not None:
-        if num_rows > source.num_rows:
-            raise ValueError(f"--rows {num_rows} is more than the {source.num_rows} rows of {path}")
-        index = torch.randperm(source.num_rows, generator=keyed_generator("rows", seed))[:num_rows].sort().values
+    if num_rows is not None and num_rows > source.num_rows:
+        raise ValueError(f"--rows {num_rows} is more than the {source.num_rows} rows of {path}")
+    index = some_rows(source.num_rows, num_rows, seed)
     _check_memory(source, len(index))
     labels = None if source.labels is None else source.labels[index]
     scale, shift = (SCALE, SHIFT) if source.dtype == torch.uint8 else (source.scale, source.shift)
     return Rows(source.take(index), labels, scale, shift, source.class_names, source.num_rows)
+
+
+def some_rows(num_rows: int, wanted: int | None, seed: int) -> Tensor:
+    """Which rows to take, drawn without replacement: in rising order; all of them where None are asked for."""
+    if wanted is None:
+        return torch.arange(num_rows)
+    return torch.randperm(num_rows, generator=keyed_generator("rows", seed))[:wanted].sort().values
 
 
 def _open(path: Path, image_size: int | None) -> Source:

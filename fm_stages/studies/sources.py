@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages import flow
-from fm_stages.data import read_rows
-from fm_stages.flow import LinearPath, keyed_generator
+from fm_stages.data import read_rows, some_rows
+from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank
 from fm_stages.studies.facts import check_distinct
 from fm_stages.training import CONFIG_KEY, read_checkpoint
@@ -105,8 +104,10 @@ def _open(
         if not isinstance(section.get("class_path"), str):
             raise ValueError("a mapping needs a class_path, with a space after each colon: {class_path: Digits}")
         source = _of_module(name or section["class_path"].rpartition(".")[2], section, path or LinearPath())
+    if rows is not None and not 1 <= rows <= source.num_rows:
+        raise ValueError(f"--rows {rows} must lie between 1 and the number of rows, {source.num_rows}")
     if rows is not None or (source.bank.has_labels and not labels):
-        source.bank = source.bank.subset(_some(source.num_rows, rows, seed), labels)
+        source.bank = source.bank.subset(some_rows(source.num_rows, rows, seed), labels)
     return source
 
 
@@ -162,12 +163,3 @@ def _of_module(name: str, section: Any, path: flow.Path, label_dropout: float | 
             "can be profiled here; StageProfile.measure(oracle_of(bank, path)) measures its stages"
         )
     return Source(name, bank, bank.num_rows, path, label_dropout)
-
-
-def _some(num_rows: int, wanted: int | None, seed: int) -> torch.Tensor:
-    """Which of the rows to take, in rising order."""
-    if wanted is None:
-        return torch.arange(num_rows)
-    if not 1 <= wanted <= num_rows:
-        raise ValueError(f"--rows {wanted} must lie between 1 and the number of rows, {num_rows}")
-    return torch.randperm(num_rows, generator=keyed_generator("rows", seed))[:wanted].sort().values

@@ -2,11 +2,12 @@
 
 from fm_stages.training.checkpoints import Checkpoints, init_from, network_weights, read_checkpoint
 from fm_stages.training.config import CONFIG_KEY, SECTIONS, TrainingCLI, config_files
+from fm_stages.training.gap_density import GapDensity
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.loggers import choose_wandb_mode
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
-from fm_stages.training.policies import GapDensity, Policy, ShiftToBoundary, StageWeights, TargetByStage
+from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.stages import expected_floors

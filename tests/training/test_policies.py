@@ -11,7 +11,8 @@ import torch
 from fm_stages.flow import LearnedWeighting, LinearPath, LogitNormalTimesteps, ShiftedTimesteps, UniformTimesteps
 from fm_stages.oracle import Curves, DataBank, Oracle, timestep_bins
 from fm_stages.training import GapDensity, OracleTarget, ShiftToBoundary, StageWeights, TargetByStage
-from fm_stages.training.policies import NODES, NoProposalError
+from fm_stages.training.gap_density import NODES
+from fm_stages.training.policies import NoProposalError
 
 ORACLE = Oracle(DataBank(torch.eye(4).reshape(4, 1, 2, 2)), LinearPath())
 
