@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _own_wandb_service():
+    """wandb's service keeps the folder that it was started in, and relative paths of later runs would lead there."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_network():
     """Only this machine can be reached: a test that waits for another one would be slow, or pass for the weather."""
