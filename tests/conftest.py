@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -100,3 +101,24 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in ("localhost", socket.gethostname())
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Calls the command in an empty folder; returns its status and what it printed."""
+    from fm_stages import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which fit sets: so that it is unset afterwards
+
+    def run(*arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["fm-stages", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status or 0, out=out, err=err)
+
+    return run

@@ -42,25 +42,6 @@ NAMES = {
 """What the README's table and design.md promise, in every logger."""
 
 
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Calls the command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which the command sets: so that it is unset afterwards
-
-    def run(*arguments) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["fm-stages", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Four steps on the digits with a tiny network, for tests that only look at what such a run left."""

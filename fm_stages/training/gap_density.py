@@ -26,7 +26,10 @@ class GapDensity(Policy):
         power: of the gap; 0 is uniform.
         floor: share of draws that stay uniform, so that no t starves, in (0, 1].
         largest: bound of the density that is proposed, over uniform.
-        kwargs: as for `Policy`.
+        warmup_steps: as for `Policy`.
+        every_n_steps: as for `Policy`.
+        smoothing: as for `Policy`.
+        dry_run: as for `Policy`.
     """
 
     steers, follows = "timesteps", "model"

@@ -40,7 +40,8 @@ class TestGapOfArms:
         assert spans[0.35] == pytest.approx([0.05, 0.5])  # half of the lowest mean, where -0.1 has no place
 
     def test_is_written(self, tmp_path):
-        plots.save(plots.gap_of_arms(EDGES, CURVES, 0.3), tmp_path / "gap.png")
+        file = plots.save(plots.gap_of_arms(EDGES, CURVES, 0.3), tmp_path / "gap.png")
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 class TestPairedDifferences:

@@ -1,12 +1,9 @@
 """A profile made by hand, and the command in an empty folder."""
 
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 
-from fm_stages import cli
 from fm_stages.oracle import StageCurves, StageProfile
 
 
@@ -33,22 +30,3 @@ def made_profile(boundary: float = 0.1, navigation_end: float = 0.1, **fields) -
 @pytest.fixture(scope="session")
 def profile_of() -> Callable[..., StageProfile]:
     return made_profile
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Calls the command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which fit sets: so that it is unset afterwards
-
-    def run(*arguments) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["fm-stages", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status or 0, out=out, err=err)
-
-    return run

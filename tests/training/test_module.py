@@ -359,7 +359,9 @@ class TestSetUp:
             make_trainer().fit(make_module(make_network(num_classes=2)), datamodule=make_data())
 
     def test_more_classes_than_the_data_has_are_allowed(self, make_module, make_network, make_data, make_trainer):
-        make_trainer(1).fit(make_module(make_network(num_classes=5)), datamodule=make_data())
+        trainer = make_trainer(1)
+        trainer.fit(make_module(make_network(num_classes=5)), datamodule=make_data())
+        assert trainer.global_step == 1
 
     def test_the_oracle_target_gets_the_datas_bank(self, make_module, make_data, make_trainer):
         module, data = make_module(target=OracleTarget(), path=CosinePath()), make_data()
@@ -376,8 +378,12 @@ class TestSetUp:
         data = make_data()
         module = make_module(target=OracleTarget())
         rows = torch.arange(60)
-        module.target.attach(Oracle(DataBank(data.bank().rows(rows), data.bank().labels_of(rows)), module.path))
-        make_trainer(1).fit(module, data.train_dataloader())
+        oracle = Oracle(DataBank(data.bank().rows(rows), data.bank().labels_of(rows)), module.path)
+        module.target.attach(oracle)
+        trainer = make_trainer(1)
+        trainer.fit(module, data.train_dataloader())
+        assert module.target.oracle is oracle
+        assert trainer.global_step == 1
 
     def test_the_next_fit_takes_the_next_datas_bank(self, make_module, make_data, make_trainer):
         module, first, second = make_module(target=OracleTarget()), make_data(), make_data(flip=True)
