@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from argparse import ArgumentError
 from dataclasses import asdict, fields
@@ -34,6 +35,7 @@ from fm_stages.studies.compare_runs import (
     cluster_commands,
     sweep,
     train,
+    training_seconds,
     write_arms,
     write_atomically,
 )
@@ -59,6 +61,7 @@ def compare_parser() -> ArgumentParser:
     parser.add_argument("--num_probe", type=int, default=2048, help="training and held-out images that are measured")
     parser.add_argument("--num_samples", type=int, default=1000, help="generated images")
     parser.add_argument("--solver_steps", type=int, default=50, help="Euler steps of each")
+    parser.add_argument("--milestones", type=int, default=5, help="times along each run at which it is measured")
     parser.add_argument("--run", type=str | None, default=None, help="ARM/SEED: only this run, without a report")
     parser.add_argument("--report", action="store_true", help="only the report, of the runs that are finished")
     parser.add_argument(
@@ -226,7 +229,7 @@ class _Study:
     def _run(self, arm: Arm, seed: int) -> Run:
         same_mix = arm.config["model"]["label_dropout"] == self.module.label_dropout
         profile = self.out / "profile.json" if same_mix else None
-        run = Run(arm, seed, self.out, tuple(self.options.config), profile)
+        run = Run(arm, seed, self.out, tuple(self.options.config), profile, self.settings.milestones)
         found = run.result()
         if found and found["config_hash"] != arm.config_hash:
             raise ValueError(
@@ -256,13 +259,14 @@ def _finish(run: Run, probe: Probe, group: str, bar: tqdm) -> None:
     with alone(run, say_that_it_waits) as lock:
         if run.result() is not None:
             return
-        times = train(run, lock, group, bar.refresh if sys.stderr.isatty() else lambda: None)
+        train(run, lock, group, bar.refresh if sys.stderr.isatty() else lambda: None)
         checkpoint = read_checkpoint(run.checkpoint)
         network = build_run(run.arm.config)[0].network
-        found = {"arm": run.arm.name, "seed": run.seed, "config_hash": run.arm.config_hash, **times}
-        found |= {"steps": checkpoint["global_step"], "steps_per_sec": checkpoint["global_step"] / times["wall_sec"]}
-        found["weights"] = probe.measure(network, checkpoint)
+        found = {"arm": run.arm.name, "seed": run.seed, "config_hash": run.arm.config_hash}
+        found |= {"steps": checkpoint["global_step"], "train_sec": training_seconds(checkpoint)}
+        found |= probe.measure(network, checkpoint, list(run.milestone_folder.glob("*.ckpt")))
         write_atomically(run.result_file, json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
+        shutil.rmtree(run.milestone_folder, ignore_errors=True)
 
 
 def _is_wandb(logger: Any) -> bool:

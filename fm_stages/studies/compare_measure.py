@@ -5,8 +5,9 @@ Nothing here depends on the arm or on its seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fm_stages.data import ImageData
 from fm_stages.flow import keyed_generator, sample
 from fm_stages.oracle import Curves, StageProfile, oracle_of
 from fm_stages.studies.diagnose import diagnose
-from fm_stages.training import FlowMatching, network_weights
+from fm_stages.training import FlowMatching, network_weights, read_checkpoint
 
 METRICS = {
     "gap": "gap, all t",
@@ -29,6 +30,9 @@ METRICS = {
     "pixel_mmd": "pixel MMD (not FID)",
 }
 """Names of the numbers in words; of all of them less is better."""
+
+PROGRESS = [name for name in METRICS if name != "pixel_mmd"]
+"""What is measured along the way, too."""
 
 NUM_SUBSETS = 10
 """Disjoint parts of the samples, whose spread gives the error of the mean."""
@@ -45,16 +49,18 @@ class ProbeSettings:
         num_probe: training images and held-out images, each with one noise and one t.
         num_samples: generated images.
         solver_steps: Euler steps of each.
+        milestones: times along the run at which it is measured, the last one being its end.
         seed: of noise, times and labels.
     """
 
     num_probe: int = 2048
     num_samples: int = 1000
     solver_steps: int = 50
+    milestones: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_probe", 2), ("num_samples", 2 * NUM_SUBSETS), ("solver_steps", 1)):
+        for name, least in (("num_probe", 2), ("num_samples", 2 * NUM_SUBSETS), ("solver_steps", 1), ("milestones", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be {least} or more")
 
@@ -84,34 +90,43 @@ class Probe:
         labelled = data.num_classes > 0 and module.label_dropout < 1
         self.labels: Tensor = batch["labels"] if labelled else torch.full_like(batch["labels"], -1)
 
-    def measure(self, network: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, network: nn.Module, checkpoint: dict[str, Any], milestones: Sequence[Path]) -> dict[str, Any]:
         """All numbers of one run.
 
         Args:
             network: of the run's shape; its weights are replaced.
-            checkpoint: of the run, as `read_checkpoint` gives it.
+            checkpoint: of the run's end, as `read_checkpoint` gives it.
+            milestones: checkpoints along the way.
 
         Returns:
-            By weights (raw and, where they are kept, ema): `METRICS`, ``floor`` and ``curves``. The samples are drawn
-            with the averaged weights, or with the raw ones where there are no others.
+            ``weights``: by kind (raw and, where they are kept, ema) the final `METRICS`, ``floor`` and ``curves``;
+            ``milestones``: what `PROGRESS` names, by ``step``. Samples and milestones are of the averaged weights, or
+            of the raw ones where there are no others.
         """
-        states = {"raw": network_weights(checkpoint, ema=False), "ema": network_weights(checkpoint, ema=True)}
         network.to(self.device)
+        states = {"raw": network_weights(checkpoint, ema=False), "ema": network_weights(checkpoint, ema=True)}
+        kinds = {kind: state for kind, state in states.items() if state is not None}
         found: dict[str, Any] = {}
-        for weights, state in states.items():
-            if state is None:
-                continue
-            network.load_state_dict(state)
-            train, held_out, _ = diagnose(
-                self.module, network, self.data, self.settings.num_probe, self.settings.seed, self.profile, False
-            )
-            found[weights] = {**self._numbers(train, held_out), "curves": {"train": asdict(train)}}
-            found[weights]["curves"]["held_out"] = asdict(held_out)
+        for kind, state in kinds.items():
+            train, held_out = self._curves(network, state)
+            found[kind] = {**self._numbers(train, held_out), "curves": {"train": asdict(train)}}
+            found[kind]["curves"]["held_out"] = asdict(held_out)
+        last = list(kinds)[-1]
         value, error = pixel_mmd(self.images, self._draw(network))
-        list(found.values())[-1].update(pixel_mmd=value, pixel_mmd_sem=error)
+        found[last].update(pixel_mmd=value, pixel_mmd_sem=error)
+        along = {checkpoint["global_step"]: {name: found[last][name] for name in PROGRESS}}
+        for earlier in map(read_checkpoint, milestones):
+            if earlier["global_step"] not in along:
+                numbers = self._numbers(*self._curves(network, network_weights(earlier, ema=last == "ema") or {}))
+                along[earlier["global_step"]] = {name: numbers[name] for name in PROGRESS}
         self.data.bank().to("cpu")  # the next run needs the memory
         network.cpu()
-        return found
+        return {"weights": found, "milestones": [{"step": step, **along[step]} for step in sorted(along)]}
+
+    def _curves(self, network: nn.Module, state: dict[str, Tensor]) -> tuple[Curves, Curves]:
+        network.load_state_dict(state)
+        probe = self.settings.num_probe, self.settings.seed, self.profile, False
+        return diagnose(self.module, network, self.data, *probe)[:2]
 
     def _numbers(self, train: Curves, held_out: Curves) -> dict[str, float]:
         b = self.profile.boundary

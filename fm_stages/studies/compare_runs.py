@@ -22,6 +22,9 @@ from fm_stages.studies.compare_arms import Arm
 POLL_SEC = 0.5
 """Between two looks at a process."""
 
+TIMER = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"interval": "step"}}
+"""Keeps the seconds of training in checkpoints, so that they add up over interruptions."""
+
 
 class RunFailedError(Exception):
     """A run ended without a model; the message says how, and where its log is."""
@@ -37,6 +40,7 @@ class Run:
         out: folder of the comparison.
         base: the configuration's files.
         profile: file of the measured stages, if they are those that this arm's network sees.
+        milestones: number of equal parts of the run after which its weights are kept, to be measured.
     """
 
     arm: Arm
@@ -44,6 +48,7 @@ class Run:
     out: Path
     base: tuple[str, ...]
     profile: Path | None = None
+    milestones: int = 1
 
     @property
     def name(self) -> str:
@@ -59,6 +64,11 @@ class Run:
     def checkpoint(self) -> Path:
         """Of the last step."""
         return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def milestone_folder(self) -> Path:
+        """Of the weights along the way, until they are measured."""
+        return self.folder / "milestones"
 
     @property
     def result_file(self) -> Path:
@@ -79,7 +89,18 @@ class Run:
             f"--trainer.default_root_dir={self.folder}",
             f"--checkpoints.dirpath={self.checkpoint.parent.absolute()}",
             *([f"--monitor.profile={self.profile}"] if self.profile else []),
+            f"--trainer.callbacks+={json.dumps(TIMER)}",
+            *self._keep_milestones(),
         ]
+
+    def _keep_milestones(self) -> list[str]:
+        every_n_steps = (self.arm.config["trainer"]["max_steps"] or -1) // self.milestones
+        if self.milestones == 1 or every_n_steps < 1:
+            return []
+        arguments = {"dirpath": str(self.milestone_folder), "every_n_train_steps": every_n_steps}
+        arguments |= {"save_top_k": -1, "save_weights_only": True, "filename": "{step}"}
+        keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
+        return [f"--trainer.callbacks+={json.dumps(keeper)}"]
 
     def result(self) -> dict[str, Any] | None:
         """What was measured, if the run is finished."""
@@ -120,7 +141,7 @@ def alone(run: Run, on_wait: Callable[[], None] = lambda: None) -> Iterator[int]
         yield file.fileno()
 
 
-def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda: None) -> None:
     """Train one run, from its last checkpoint if it was interrupted.
 
     Args:
@@ -129,25 +150,15 @@ def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda:
         group: of wandb.
         on_poll: called now and then while it trains.
 
-    Returns:
-        ``wall_sec`` in training (with start-up, monitoring, validation and samples; of interrupted parts the time up to
-        the checkpoint that was gone on from), and whether it was ``resumed``.
-
     Raises:
         RunFailedError: if it does not end well.
     """
-    trained, started = run.folder / "trained.json", run.folder / "started.json"
+    trained = run.folder / "trained"
     if trained.is_file():
-        return json.loads(trained.read_text())
-    resumed, earlier_sec = run.checkpoint.is_file(), 0.0
-    if resumed and started.is_file():
-        before = json.loads(started.read_text())
-        earlier_sec = before["earlier_sec"] + max(0.0, run.checkpoint.stat().st_mtime - before["time"])
-    start = time.time()
-    write_atomically(started, json.dumps({"time": start, "earlier_sec": earlier_sec}))
+        return
     names = {"WANDB_RUN_GROUP": group, "WANDB_JOB_TYPE": run.arm.name, "WANDB_NAME": f"{run.arm.name}, seed {run.seed}"}
     command = [sys.executable, "-m", "fm_stages", *run.arguments()]
-    if resumed:
+    if run.checkpoint.is_file():
         command.append(f"--ckpt_path={run.checkpoint}")
     log = run.folder / "log.txt"
     with log.open("a") as file:
@@ -162,9 +173,12 @@ def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda:
     if status or not run.checkpoint.is_file():
         reason = f"exit status {status}" if status else "it left no checkpoint (enable_checkpointing must be on)"
         raise RunFailedError(f"{reason}: {_last_line(log)} (log: {log})")
-    found = {"wall_sec": earlier_sec + time.time() - start, "resumed": resumed}
-    write_atomically(trained, json.dumps(found))
-    return found
+    trained.touch()
+
+
+def training_seconds(checkpoint: dict[str, Any]) -> float:
+    """From the first step on, with monitoring, validation and samples; without start-up and interruptions."""
+    return float(checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"])
 
 
 def _wait(process: Popen, on_poll: Callable[[], None]) -> int:
