@@ -1,6 +1,6 @@
 """Every figure, made from plain data: nothing here computes anything that a table does not say."""
 
-from fm_stages.plots.comparison import gap_of_arms, paired_differences
+from fm_stages.plots.comparison import gap_of_arms, paired_differences, progress_of_arms
 from fm_stages.plots.density import timestep_density
 from fm_stages.plots.gradients import gradient_variance
 from fm_stages.plots.losses import gap_by_t
@@ -17,6 +17,7 @@ __all__ = [
     "oracle_paths",
     "paired_differences",
     "posterior_strips",
+    "progress_of_arms",
     "save",
     "shade_stages",
     "stage_curves",

@@ -30,19 +30,44 @@ def gap_of_arms(
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
     centre = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
-    lowest = min((x for arm in curves.values() for x in arm["mean"] if x > 0), default=1e-3)
     for i, (name, arm) in enumerate(curves.items()):
         mean, error = np.asarray(arm["mean"]), np.nan_to_num(np.asarray(arm["sem"]))
         axes.plot(centre, mean, color=f"C{i}", marker="o", ms=3, lw=1.4, label=name)
-        # a logarithmic axis has no place for what two standard errors may leave below 0
-        axes.fill_between(centre, np.maximum(mean - 2 * error, lowest / 2), mean + 2 * error, color=f"C{i}", alpha=0.15,
-                          lw=0)  # fmt: skip
+        _band(axes, centre, mean, error, f"C{i}")
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
     shade_stages(axes, boundary)
     axes.set_xlabel("t   (0 = noise, 1 = data)")
     axes.set_ylabel("distance to the oracle, squared, per value")
     axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def progress_of_arms(curves: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], title: str = "") -> Figure:
+    """Numbers along training, over steps above and over time below.
+
+    Args:
+        curves: by arm, ``steps`` (M), ``seconds`` (M), and by number ``mean`` (M) and its standard error ``sem`` (M).
+        names: of the numbers, in words; a column each.
+        title: of the figure.
+
+    Returns:
+        The figure; bands are two standard errors to either side.
+    """
+    figure = Figure(figsize=(4.6 * len(names), 7), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, sharey="col")
+    for row, (place, label) in enumerate((("steps", "step"), ("seconds", "seconds of training"))):
+        for axes, (name, words) in zip(panels[row], names.items(), strict=True):
+            for i, (arm, curve) in enumerate(curves.items()):
+                mean, error = np.asarray(curve[name]["mean"]), np.asarray(curve[name]["sem"])
+                axes.plot(curve[place], mean, color=f"C{i}", marker="o", ms=3, lw=1.3, label=arm)
+                _band(axes, curve[place], mean, error, f"C{i}")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+            axes.set_title(words if row == 0 else "", fontsize=10)
+    panels[0][-1].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -79,6 +104,11 @@ def paired_differences(
         axes.set_visible(False)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _band(axes: Axes, x: Sequence[float], mean: np.ndarray, error: np.ndarray, colour: str) -> None:
+    """Two standard errors to either side; cut above 0, where a logarithmic axis has no place."""
+    axes.fill_between(x, np.maximum(mean - 2 * error, mean / 10), mean + 2 * error, color=colour, alpha=0.13, lw=0)
 
 
 def _interval(axes: Axes, place: int, pair: Mapping[str, Any]) -> None:

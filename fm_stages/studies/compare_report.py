@@ -17,11 +17,12 @@ import torch
 
 from fm_stages import plots
 from fm_stages.oracle import StageProfile
-from fm_stages.studies.compare_measure import METRICS, NUM_SUBSETS, ProbeSettings
+from fm_stages.studies.compare_measure import METRICS, NUM_SUBSETS, PROGRESS, ProbeSettings
+from fm_stages.studies.compare_progress import Results, equal_time, progress_curves, seconds_per_step
 from fm_stages.studies.compare_runs import write_atomically
 from fm_stages.studies.compare_statistics import Paired, mean_of, paired
 
-COLUMNS = {**METRICS, "wall_sec": "wall time (s)"}
+COLUMNS = {**METRICS, "train_sec": "training time (s)"}
 """Names of all compared numbers in words."""
 
 
@@ -35,7 +36,7 @@ class Comparison:
         arms: names, in order.
         reference: the arm that the others are compared with.
         seeds: that were asked for.
-        results: of the finished runs, by arm and seed, as `result.json` holds them.
+        results: of the finished runs.
         missing: what became of the others, by run.
         other_weights: arms that start from other weights than the reference.
         profile: the stages of the data.
@@ -48,7 +49,7 @@ class Comparison:
     arms: Sequence[str]
     reference: str
     seeds: Sequence[int]
-    results: Mapping[str, Mapping[int, dict[str, Any]]]
+    results: Results
     missing: Mapping[str, str]
     other_weights: Sequence[str]
     profile: StageProfile
@@ -64,10 +65,14 @@ class Comparison:
     def values(self, arm: str, metric: str, weights: str = "") -> dict[int, float]:
         """One number of an arm, by seed; what no number was found for is left out."""
         runs = self.results.get(arm, {})
-        if metric in ("wall_sec", "steps_per_sec"):
+        if metric == "train_sec":
             return {seed: run[metric] for seed, run in runs.items()}
         found = {seed: run["weights"].get(weights or self.weights, {}).get(metric) for seed, run in runs.items()}
         return {seed: math.nan if x is None else x for seed, x in found.items()}
+
+    def steps(self, arm: str) -> int | None:
+        """That the arm's runs took; None if none is finished."""
+        return next((run["steps"] for run in self.results.get(arm, {}).values()), None)
 
     def differences(self, weights: str = "") -> dict[str, dict[str, Paired]]:
         """Paired differences to the reference, by arm and metric."""
@@ -110,6 +115,9 @@ def write_report(comparison: Comparison, out: Path) -> None:
             "(green: better, red: worse, grey: the interval holds 0; open: one seed, no interval)"
         )
         plots.save(plots.paired_differences(forest, COLUMNS, title), out / "differences.png")
+        names = {name: METRICS[name] for name in ("gap_navigation", "gap_refinement", "held_out_regular")}
+        title = f"{comparison.name}: on the way, mean over seeds"
+        plots.save(plots.progress_of_arms(progress_curves(comparison.results), names, title), out / "progress.png")
     write_atomically(out / "report.md", report_text(comparison))
 
 
@@ -129,12 +137,18 @@ def report_text(c: Comparison) -> str:
             f"- `{arm}` starts from **other weights** than the reference: its network differs."
             for arm in c.other_weights
         ),
-        *([""] if c.missing or c.other_weights else []),
+        *(
+            f"- `{arm}` took **{steps} steps**, the reference {c.steps(c.reference)}: compare at equal time."
+            for arm in c.arms
+            if (steps := c.steps(arm)) and c.steps(c.reference) and steps != c.steps(c.reference)
+        ),
     ]
+    lines += [""] if lines[-1] else []
     if finished:
         lines += [f"## Means over seeds, {kind}", "", *_table_of_arms(c), "", *_explanations(c), ""]
         lines += ["## Paired differences", "", *_table_of_differences(c), ""]
         lines += ["![Gap over t](gap_by_t.png)", "", "![Paired differences](differences.png)", ""]
+        lines += ["## At equal time", "", *_table_at_equal_time(c), "", "![On the way](progress.png)", ""]
     lines += [
         "## How it was made",
         "",
@@ -163,11 +177,10 @@ def plain(value: Any) -> Any:
 
 
 def _table_of_arms(c: Comparison) -> list[str]:
-    names = [*COLUMNS, "steps_per_sec"]
-    head = ["arm", "seeds", *COLUMNS.values(), "steps/s"]
+    head = ["arm", "seeds", *COLUMNS.values()]
     rows = []
     for arm in c.arms:
-        means = [mean_of(list(c.values(arm, name).values())) for name in names]
+        means = [mean_of(list(c.values(arm, name).values())) for name in COLUMNS]
         rows.append([arm, str(len(c.results.get(arm, {}))), *(_number(x) for x in means)])
     return _table(head, rows)
 
@@ -177,12 +190,11 @@ def _table_of_differences(c: Comparison) -> list[str]:
     rows = []
     for arm, pairs in c.differences().items():
         for metric, pair in pairs.items():
-            reference = mean_of(list(c.values(c.reference, metric).values()))
             star = " *" if pair.shown else ""
             interval = f"{_signed(pair.low)} to {_signed(pair.high)}{star}" if pair.num_seeds > 1 else "none"
-            share = f"{100 * pair.mean / reference:+.1f} %" if reference > 0 else ""
+            relative = "" if math.isnan(pair.relative) else f"{100 * pair.relative:+.1f} %"
             smallest = "" if pair.smallest is None else _number(pair.smallest)
-            rows.append([arm, COLUMNS[metric], _signed(pair.mean), share, interval, smallest, str(pair.num_seeds)])
+            rows.append([arm, COLUMNS[metric], _signed(pair.mean), relative, interval, smallest, str(pair.num_seeds)])
     if not rows:
         return ["No arm has a seed in common with the reference yet."]
     head = [f"arm, against {c.reference}", "number", "difference", "relative", "95 % interval", "could show", "seeds"]
@@ -209,8 +221,7 @@ def _explanations(c: Comparison) -> list[str]:
         "*Pixel MMD (not FID)*: squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 on pixels, between "
         f"up to {num} samples ({c.settings.solver_steps} Euler steps, the same noise for all) and as many held-out "
         f"images of the same classes; unbiased, so 0 is perfect. Standard error of one run over {NUM_SUBSETS} parts: "
-        f"{_number(_mmd_error(c))}. *Wall time* counts start-up, monitoring, validation and sample grids, and so do "
-        "steps/s." + _resumed(c),
+        f"{_number(_mmd_error(c))}. *Training time* counts monitoring, validation and sample grids, not start-up.",
     ]
 
 
@@ -219,9 +230,27 @@ def _mmd_error(c: Comparison) -> float:
     return mean_of([math.nan if run.get("pixel_mmd_sem") is None else run["pixel_mmd_sem"] for run in runs])
 
 
-def _resumed(c: Comparison) -> str:
-    resumed = [f"{arm}/{seed}" for arm, runs in c.results.items() for seed, run in runs.items() if run["resumed"]]
-    return f" Interrupted and resumed, so with a rough wall time: {', '.join(resumed)}." if resumed else ""
+def _table_at_equal_time(c: Comparison) -> list[str]:
+    """What each arm had reached when the fastest one was done, with stars as in the table of differences."""
+    found = equal_time(c.results)
+    if found is None or c.reference not in found.steps:
+        return ["The reference has not finished yet."]
+    pace = seconds_per_step(c.results)
+    rows = []
+    for arm in found.steps:
+        cells = []
+        for name, of_seed in found.values[arm].items():
+            pair = None if arm == c.reference else paired(of_seed, found.values[c.reference][name])
+            relative = "" if pair is None or math.isnan(pair.relative) else f" ({100 * pair.relative:+.1f} %"
+            relative += ((" *" if pair is not None and pair.shown else "") + ")") if relative else ""
+            cells.append(_number(mean_of(list(of_seed.values()))) + relative)
+        rows.append([arm, f"{pace[arm] / pace[c.reference]:.2f}", f"{found.steps[arm]:.0f}", *cells])
+    words = (
+        f"After {found.seconds:.0f} s of training, when the fastest arm was done. *Cost*: time per step over that of "
+        f"`{c.reference}`, medians over seeds. Read off between measurements along the runs, linear in the logarithm "
+        "of the step. In brackets: against the reference, a star as above."
+    )
+    return [*_table(["arm", "cost", "steps", *(METRICS[name] for name in PROGRESS)], rows), "", words]
 
 
 def _numbers(c: Comparison) -> dict[str, Any]:
@@ -231,15 +260,20 @@ def _numbers(c: Comparison) -> dict[str, Any]:
         for weights in kinds
     }
     differences = {
-        weights: {arm: {m: asdict(p) | {"shown": p.shown} for m, p in pairs.items()} for arm, pairs in found.items()}
+        weights: {
+            arm: {m: asdict(p) | {"relative": p.relative, "shown": p.shown} for m, p in pairs.items()}
+            for arm, pairs in found.items()
+        }
         for weights in kinds
         for found in [c.differences(weights)]
     }
+    reached = equal_time(c.results)
     return {
         **{name: getattr(c, name) for name in ("name", "base", "arms", "reference", "seeds", "missing")},
         **{"other_weights": c.other_weights, "weights": c.weights, "probe": asdict(c.settings)},
         **{"boundary": c.profile.boundary, "command": f"fm-stages compare {shlex.join(c.options)}"},
         **{"machine": machine(), "means": means, "differences": differences, "runs": c.results},
+        **{"progress": progress_curves(c.results), "equal_time": None if reached is None else asdict(reached)},
     }
 
 

@@ -22,10 +22,6 @@ from fm_stages.studies.compare_arms import Arm
 POLL_SEC = 0.5
 """Between two looks at a process."""
 
-TIMER = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"interval": "step"}}
-"""Keeps the seconds of training in checkpoints, so that they add up over interruptions."""
-
-
 class RunFailedError(Exception):
     """A run ended without a model; the message says how, and where its log is."""
 
@@ -89,9 +85,19 @@ class Run:
             f"--trainer.default_root_dir={self.folder}",
             f"--checkpoints.dirpath={self.checkpoint.parent.absolute()}",
             *([f"--monitor.profile={self.profile}"] if self.profile else []),
-            f"--trainer.callbacks+={json.dumps(TIMER)}",
+            *self._keep_time(),
             *self._keep_milestones(),
         ]
+
+    def _keep_time(self) -> list[str]:
+        """Lightning's timer, whose seconds are in the checkpoint, so that they add up over interruptions."""
+        trainer = self.arm.config["trainer"]
+        if any(str(callback.get("class_path")).endswith(".Timer") for callback in trainer["callbacks"] or []):
+            return []
+        # beside a timer in the list the Trainer ignores its own max_time
+        arguments = {"duration": trainer["max_time"], "interval": "step"}
+        timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": arguments}
+        return [f"--trainer.callbacks+={json.dumps(timer)}"]
 
     def _keep_milestones(self) -> list[str]:
         every_n_steps = (self.arm.config["trainer"]["max_steps"] or -1) // self.milestones

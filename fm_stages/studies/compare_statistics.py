@@ -20,6 +20,7 @@ class Paired:
     Attributes:
         mean: over seeds.
         num_seeds: K, seeds that both arms have finished.
+        reference: mean of the arm it is compared with, over the same seeds.
         low: lower end of the confidence interval, by Student's t with K - 1 degrees of freedom; None for one seed.
         high: upper end.
         smallest: the smallest true difference that K seeds would have shown with probability `POWER` in a two-sided
@@ -28,9 +29,15 @@ class Paired:
 
     mean: float
     num_seeds: int
+    reference: float
     low: float | None = None
     high: float | None = None
     smallest: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """The difference as a fraction of the reference; NaN where that is not above 0."""
+        return self.mean / self.reference if self.reference > 0 else math.nan
 
     @property
     def shown(self) -> bool:
@@ -45,19 +52,20 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired |
         arm: number of each seed.
         reference: the same of the arm it is compared with.
     """
-    common = [arm[seed] - reference[seed] for seed in sorted(set(arm) & set(reference))]
-    differences = np.array([x for x in common if math.isfinite(x)])
-    num = len(differences)
+    common = [s for s in sorted(set(arm) & set(reference)) if math.isfinite(arm[s]) and math.isfinite(reference[s])]
+    differences = np.array([arm[seed] - reference[seed] for seed in common])
+    num = len(common)
     if num == 0:
         return None
     mean = float(differences.mean())
+    beside = sum(reference[seed] for seed in common) / num
     if num == 1:
-        return Paired(mean, 1)
+        return Paired(mean, 1, beside)
     error = float(stats.sem(differences))
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, num - 1)
     # the usual sum of two quantiles; the noncentral t asks for 16 % more at two seeds, 5 % at three, 1 % at five
     smallest = (reach + stats.t.ppf(POWER, num - 1)) * error
-    return Paired(mean, num, float(mean - reach * error), float(mean + reach * error), float(smallest))
+    return Paired(mean, num, beside, float(mean - reach * error), float(mean + reach * error), float(smallest))
 
 
 def mean_of(values: Sequence[float]) -> float:

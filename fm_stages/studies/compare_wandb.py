@@ -36,7 +36,7 @@ def log_comparison(comparison: Comparison, project: str, out: Path) -> None:
         ]
         head: list[str | int] = ["arm", "number", "difference", "low", "high", "could_show", "seeds", "shown"]
         run.log({"comparison/differences": wandb.Table(head, rows)})
-        for figure in ("gap_by_t", "differences"):
+        for figure in ("gap_by_t", "differences", "progress"):
             run.log({f"comparison/{figure}_figure": wandb.Image(str(out / f"{figure}.png"))})
         for arm, values in means.items():
             run.summary.update({f"{arm}/{name}": x for name, x in zip(COLUMNS, values, strict=True)})

@@ -37,11 +37,28 @@ class TestGapOfArms:
         points = axes.collections[0].get_paths()[0].vertices
         spans = {t: sorted({round(float(y), 6) for x, y in points if abs(x - t) < 1e-9}) for t in (0.1, 0.35)}
         assert spans[0.1] == pytest.approx([0.38, 0.42])
-        assert spans[0.35] == pytest.approx([0.05, 0.5])  # half of the lowest mean, where -0.1 has no place
+        assert spans[0.35] == pytest.approx([0.02, 0.5])  # a tenth of the mean, where -0.1 has no place
 
     def test_is_written(self, tmp_path):
         file = plots.save(plots.gap_of_arms(EDGES, CURVES, 0.3), tmp_path / "gap.png")
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+class TestProgressOfArms:
+    CURVES = {
+        "regular": {"steps": [10, 20], "seconds": [1.0, 2.0], "gap": {"mean": [0.4, 0.2], "sem": [0.1, 0.0]}},
+        "oracle": {"steps": [10, 20], "seconds": [1.5, 3.0], "gap": {"mean": [0.3, 0.1], "sem": [0.0, 0.0]}},
+    }
+
+    def test_each_arm_has_a_line_over_steps_and_one_over_time(self):
+        over_steps, over_time = plots.progress_of_arms(self.CURVES, {"gap": "gap, all t"}).axes
+        assert over_steps.get_title() == "gap, all t"
+        for axes, place in ((over_steps, "steps"), (over_time, "seconds")):
+            lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+            for arm, curve in self.CURVES.items():
+                np.testing.assert_allclose(lines[arm], np.column_stack([curve[place], curve["gap"]["mean"]]))
+        points = over_steps.collections[0].get_paths()[0].vertices
+        assert {round(float(y), 6) for x, y in points if x == 10} == {0.2, 0.6}
 
 
 class TestPairedDifferences:

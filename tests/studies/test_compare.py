@@ -24,7 +24,7 @@ from fm_stages.flow import sample
 from fm_stages.oracle import StageProfile
 from fm_stages.studies import compare_runs, diagnose, load_run
 from fm_stages.studies.compare import compare_command
-from fm_stages.studies.compare_measure import METRICS, pixel_mmd
+from fm_stages.studies.compare_measure import METRICS, PROGRESS, pixel_mmd
 from fm_stages.studies.compare_runs import alone
 from fm_stages.training import FlowMatching, network_weights, read_checkpoint
 
@@ -48,7 +48,7 @@ ARMS = """
 regular: {}
 oracle: {model: {target: {class_path: fm_stages.training.OracleTarget}}}
 """
-QUICK = ("--num_probe=256", "--num_samples=40", "--solver_steps=4")
+QUICK = ("--num_probe=256", "--num_samples=40", "--solver_steps=4", "--milestones=2")
 
 
 class InProcess:
@@ -195,6 +195,19 @@ class TestMeasurement:
         value, error = pixel_mmd(real, sample(module.network, labels, (1, 8, 8), 0, 4))
         assert (found["pixel_mmd"], found["pixel_mmd_sem"]) == pytest.approx((value, error), rel=1e-5)
 
+    def test_milestones_are_measured_as_the_end_is(self, compared, command, in_process):
+        """The last of them is the end; one on the way is what a run of so many steps ends with."""
+        found = result("oracle", 0, compared / "out")
+        assert [stone["step"] for stone in found["milestones"]] == [2, 4]
+        assert {name: found["weights"]["ema"][name] for name in PROGRESS}.items() <= found["milestones"][-1].items()
+        assert not (compared / "out/oracle/seed_0/milestones").exists()
+        write_inputs(trainer=BASE["trainer"] | {"max_steps": 2})
+        call = ["compare", "--config=base.yaml", "--arms=arms.yaml", "--seeds=1", "--out=half", *QUICK]
+        assert command(*call, "--run=oracle/0").status == 0
+        half = result("oracle", 0, "half")
+        assert half["steps"] == 2
+        assert half["milestones"][-1] == pytest.approx(found["milestones"][0])
+
     def test_raw_weights_have_no_samples_where_there_are_averaged_ones(self, compared):
         assert "pixel_mmd" not in result("regular", 0, compared / "out")["weights"]["raw"]
 
@@ -202,7 +215,7 @@ class TestMeasurement:
 class TestReport:
     def test_files(self, compared):
         names = {path.name for path in (compared / "out").iterdir() if path.is_file()}
-        reports = {"report.md", "report.json", "gap_by_t.png", "differences.png"}
+        reports = {"report.md", "report.json", "gap_by_t.png", "differences.png", "progress.png"}
         assert names == {*reports, "profile.json", "comparison.yaml"}
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in (compared / "out").glob("*.png"))
 
@@ -265,7 +278,7 @@ class TestReport:
         assert run["project"] == "own"
         assert run["summary"]["oracle/gap_navigation"] == pytest.approx(means["oracle"]["gap_navigation"])
         assert run["summary"]["comparison/differences"]["nrows"] == len(METRICS) + 1
-        for name in ("gap_by_t", "differences"):
+        for name in ("gap_by_t", "differences", "progress"):
             assert run["summary"][f"comparison/{name}_figure"]["_type"] == "image-file"
 
 
@@ -319,15 +332,15 @@ class TestGoingOn:
         for arm in ("regular", "oracle"):
             whole, parts = result(arm, 0, compared / "out"), result(arm, 0)
             assert parts["weights"] == whole["weights"]
-            assert (whole["resumed"], parts["resumed"]) == (False, True)
-        assert "Interrupted and resumed" in Path("out/report.md").read_text()
+            assert parts["milestones"] == whole["milestones"]
 
     def test_a_run_that_was_trained_but_not_measured_is_only_measured(self, copied, command):
         before = result("oracle", 1)
         Path("out/oracle/seed_1/result.json").unlink()
         assert command(*self.CALL, "--seeds=2").status == 0
         assert InProcess.commands == []
-        assert result("oracle", 1) == before
+        # the weights along the way went when they had been measured
+        assert result("oracle", 1) == before | {"milestones": before["milestones"][-1:]}
 
     def test_a_broken_arm_leaves_the_others_alone(self, command, in_process):
         write_inputs(ARMS + "broken: {trainer: {max_time: never}}\n")
@@ -341,6 +354,12 @@ class TestGoingOn:
         report = json.loads(Path("out/report.json").read_text())
         assert list(report["missing"]) == ["broken/0"]
         assert report["differences"]["ema"]["oracle"]["gap"]["low"] is None
+
+    def test_a_timer_of_the_users_own_is_the_one_that_counts(self, command, in_process):
+        own = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"interval": "step"}}
+        write_inputs(trainer=BASE["trainer"] | {"callbacks": [own]})
+        assert command(*self.CALL, "--seeds=1", "--run=oracle/0").status == 0
+        assert result("oracle", 0)["train_sec"] > 0
 
     def test_a_run_that_another_process_trains_is_waited_for(self, tmp_path):
         run = type("Run", (), {"folder": tmp_path})()
@@ -393,6 +412,7 @@ MISTAKES = {
     "no such arms": (["--seeds=1", "--arms=nowhere.yaml"], "--arms nowhere.yaml: there is no such file"),
     "no such run": (["--seeds=1", "--run=oracle/1"], "--run oracle/1: the runs are regular/0, oracle/0"),
     "no such reference": (["--seeds=1", "--reference=other"], "--reference other: the arms are regular, oracle"),
+    "no milestones": (["--seeds=1", "--milestones=0"], "--milestones 0 must be 1 or more"),
     "few samples": (["--seeds=1", "--num_samples=3"], "--num_samples 3 must be 20 or more"),
     "misspelt": (["--seeds=1", "--sedes=2"], "sedes"),
     "base": (["--seeds=1", "--config=nowhere.yaml"], "nowhere.yaml"),

@@ -21,6 +21,7 @@ def test_three_seeds_by_hand():
     assert pair.high == pytest.approx(-0.5 + 4.302653 * error, rel=1e-6)
     assert pair.smallest == pytest.approx((4.302653 + 1.060660) * error, rel=1e-6)
     assert not pair.shown
+    assert pair.relative == pytest.approx(-0.5 / 2.5)
 
 
 @pytest.mark.parametrize("num", [2, 5, 12])
@@ -52,6 +53,8 @@ def test_one_seed_has_no_interval():
 def test_only_seeds_that_both_have_are_paired():
     assert paired({0: 1.0, 2: 5.0}, {0: 3.0, 1: 9.0}).num_seeds == 1
     assert paired({0: 1.0, 1: math.nan}, {0: 3.0, 1: 9.0}).mean == -2.0
+    assert paired({0: 1.0, 1: math.nan}, {0: 4.0, 1: 9.0}).relative == -0.75  # of the seeds that are paired
+    assert math.isnan(paired({0: 1.0}, {0: 0.0}).relative)
     assert paired({0: 1.0}, {1: 3.0}) is None
 
 
