@@ -2,121 +2,25 @@
 
 The architecture is DiT (arXiv 2212.09748); the names, shapes and order of the weights are those of SiT
 (arXiv 2401.08740, https://github.com/willisma/SiT), so that a published checkpoint loads with ``load_state_dict`` and
-gives the same numbers.
+gives the same numbers. With ``rms_norm``, ``swiglu`` and ``rotary`` they are those of LightningDiT (arXiv 2501.01423,
+https://github.com/hustvl/LightningDiT).
 
 Shapes: B batch, C channels, S side of the input, p side of a patch, g = S / p patches along a side, N = g * g tokens,
 D hidden size.
 """
 
 import math
-from contextlib import nullcontext
+from typing import Any
 
 import torch
-from timm.layers.activations import GELUTanh
-from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
+from timm.layers.norm import RmsNormFp32
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-TIME_FEATURES = 256
-MAX_PERIOD = 10_000.0
-
-
-def time_features(t: Tensor) -> Tensor:
-    """Cosines, then sines, of ``t`` (B,) at geometrically spaced frequencies from 1 down: (B, 256) float32.
-
-    t enters as it is, in [0, 1], so that only the highest frequencies tell two times apart. That is SiT's choice, and
-    every published weight depends on it.
-    """
-    num_frequencies = TIME_FEATURES // 2
-    steps = torch.arange(num_frequencies, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(MAX_PERIOD) / num_frequencies * steps)
-    angles = t.float()[:, None] * frequencies  # (B, 128)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def grid_positions(side: int, hidden_size: int) -> Tensor:
-    """Fixed sine-cosine code of each cell of a square grid, row by row: (1, side * side, hidden_size) float32.
-
-    The first half of the channels codes the column and the second half the row, each as sines followed by cosines.
-    """
-    # float64 until the end, as the published positions were made
-    num_frequencies = hidden_size // 4
-    exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
-    angles = torch.arange(side, dtype=torch.float64)[:, None] / MAX_PERIOD**exponents  # (g, D/4)
-    code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (g, D/2)
-    columns, rows = code.repeat(side, 1), code.repeat_interleave(side, dim=0)  # (N, D/2) each
-    return torch.cat([columns, rows], dim=1)[None].float()  # (1, N, D)
-
-
-class TimeEmbedding(nn.Module):
-    """Times (B,) to (B, D), in float32 whatever the autocast."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t: Tensor) -> Tensor:
-        # features rounded to bfloat16 move t by up to 9e-4, which near t = 1 is much of 1 - t
-        device = t.device.type
-        # there is none to switch off on the meta device; to ask torch for that breaks the graph under torch 2.11
-        autocast_off = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-        with autocast_off:
-            return self.mlp(time_features(t).to(next(self.mlp.parameters()).dtype))
-
-
-class LabelEmbedding(nn.Module):
-    """Labels (B,) to (B, D). Row ``num_classes`` of the table stands for the null class, label -1."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        valid = (y >= 0) & (y < self.num_classes)
-        wrong = ~valid & (y != -1)
-        # reading the answer on a GPU would make the host wait for it, at every step
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong.any()):
-            raise ValueError(
-                f"label {y[wrong][0].item()} is outside [-1, {self.num_classes}): pass labels that count from 0, "
-                f"-1 for the null class, or build the network with more than num_classes={self.num_classes}"
-            )
-        # a wrong label must end past the table, where the GPU's own assert stops it: as it is, num_classes would pass
-        # for the null class, and a negative one for a row counted from the end
-        return self.embedding_table(torch.where(valid, y, self.num_classes + wrong.long()))
-
-
-class Block(nn.Module):
-    """Attention and MLP, each between a shift and scale and a gate that the condition sets (adaLN-Zero)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(condition)[:, None]  # (B, 1, 6D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, 1, D) each
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)  # (B, N, D)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)  # (B, N, D)
-
-
-class FinalLayer(nn.Module):
-    """Tokens (B, N, D) to the values of their patches (B, N, patch_values)."""
-
-    def __init__(self, hidden_size: int, patch_values: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(hidden_size, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+from fm_stages.networks.blocks import Block, FinalLayer
+from fm_stages.networks.embeddings import LabelEmbedding, RotaryPositions, TimeEmbedding, grid_positions
+from fm_stages.networks.inputs import check_inputs, check_sizes
 
 
 class DiT(nn.Module):
@@ -135,6 +39,15 @@ class DiT(nn.Module):
         mlp_ratio: width of the MLP's hidden layer over ``hidden_size``.
         learn_sigma: give the last layer 2C channels and drop the second half of them, as the published SiT
             checkpoints need. Nothing trains that half.
+        qk_norm: normalize queries and keys, so that no attention logit can run away.
+        rms_norm: RMS norms with weights in place of layer norms without.
+        swiglu: gated MLPs, two thirds as wide, in place of those with GELU.
+        rotary: turn queries and keys by their place, beside the position that is added to each token.
+        time_scale: what t is multiplied by before it is embedded; 1000 lets the embedding tell close times apart.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again:
+            about a third more time for a step, and memory that hardly grows with ``depth``.
+        compile_blocks: let torch.compile compile the blocks. They share their code, so that this takes no longer for
+            more of them.
 
     Raises:
         ValueError: if the sizes do not divide as said above.
@@ -151,18 +64,16 @@ class DiT(nn.Module):
         num_classes: int,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rotary: bool = False,
+        time_scale: float = 1.0,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
-        sizes = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-        }
-        if wrong := [f"{name}={value}" for name, value in sizes.items() if value < 1]:
-            raise ValueError(f"sizes of a DiT must be 1 or more, got {', '.join(wrong)}")
-        super().__init__()
+        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels}
+        check_sizes("DiT", num_classes, **sizes, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         if input_size % patch_size:
             raise ValueError(
                 f"input_size={input_size} is not a multiple of patch_size={patch_size}: choose a patch_size that "
@@ -173,22 +84,42 @@ class DiT(nn.Module):
                 f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} (equal heads) and of 4 "
                 f"(sines and cosines of row and column): {math.lcm(num_heads, 4)} and its multiples are"
             )
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes} is negative: pass 0 for an unconditional network")
+        if rotary and hidden_size // num_heads % 4:
+            raise ValueError(
+                f"rotary positions turn pairs of channels by row and by column: hidden_size={hidden_size} over "
+                f"num_heads={num_heads} must be a multiple of 4, and is {hidden_size // num_heads}"
+            )
+        super().__init__()
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile_blocks
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
-        self.t_embedder = TimeEmbedding(hidden_size)
+        self.t_embedder = TimeEmbedding(hidden_size, time_scale)
         self.y_embedder = LabelEmbedding(num_classes, hidden_size)
         # frozen, yet a parameter: SiT's checkpoints and its averages of the weights hold it
         self.pos_embed = nn.Parameter(torch.empty(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
+        self.feat_rope = RotaryPositions(input_size // patch_size, hidden_size // num_heads) if rotary else None
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, qk_norm, rms_norm, swiglu, rotary) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1), rms_norm)
         self.init_weights()
+        self._compile_blocks()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy: torch leaves compiled code behind."""
+        super().__setstate__(state)
+        self._compile_blocks()
+
+    def _compile_blocks(self) -> None:
+        if self.compile_blocks:
+            for block in self.blocks:
+                block.compile()  # in place: torch.compile(block) would rename its weights
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -203,9 +134,13 @@ class DiT(nn.Module):
                     nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | RmsNormFp32):
+                module.reset_parameters()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         num_tokens, hidden_size = self.pos_embed.shape[1:]
         self.pos_embed.copy_(grid_positions(math.isqrt(num_tokens), hidden_size))
+        if self.feat_rope is not None:
+            self.feat_rope.reset()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Velocity at ``x``, in its shape; in autocast's dtype under autocast, otherwise in that of the weights.
@@ -221,11 +156,16 @@ class DiT(nn.Module):
         """
         if y is None:
             y = torch.full_like(t, -1, dtype=torch.int64)
-        self._check_shapes(x, t, y)
+        check_inputs(x, t, y, self.in_channels, self.input_size)
         condition = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        rotation = None if self.feat_rope is None else self.feat_rope()  # (N, 2D / heads)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, condition)  # (B, N, D)
+            if recompute:
+                tokens = checkpoint(block, tokens, condition, rotation, use_reentrant=False)  # (B, N, D)
+            else:
+                tokens = block(tokens, condition, rotation)  # (B, N, D)
         return self._unpatchify(self.final_layer(tokens, condition))  # (B, C, S, S)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
@@ -235,56 +175,34 @@ class DiT(nn.Module):
         pixels = pixels[..., : self.in_channels]  # (B, g, g, p, p, C)
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, S, S)
 
-    def _check_shapes(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        channels, side = self.in_channels, self.input_size
-        if x.ndim != 4 or x.shape[1:] != (channels, side, side):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, this network takes (batch, {channels}, {side}, {side}): set its "
-                f"in_channels and input_size to those of the data"
-            )
-        for name, value in (("t", t), ("y", y)):
-            if value.shape != x.shape[:1]:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}: pass one value for each of the {x.shape[0]} samples, "
-                    f"shape ({x.shape[0]},)"
-                )
-
 
 # Subclasses and not functions: jsonargparse cannot link an argument (the data's number of classes) into the arguments
-# of a function chosen by class path.
+# of a function chosen by class path. It reads ``options`` off `DiT`, and knows its names and types.
 
 
 class DiT_S(DiT):
-    """`DiT` with 12 blocks of width 384: 33 M parameters."""
+    """`DiT` with 12 blocks of width 384: 33 M parameters. Options as there."""
 
-    def __init__(
-        self, input_size: int, patch_size: int, in_channels: int, num_classes: int, learn_sigma: bool = False
-    ) -> None:
-        super().__init__(input_size, patch_size, in_channels, 384, 12, 6, num_classes, learn_sigma=learn_sigma)
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, num_classes: int, **options: Any) -> None:
+        super().__init__(input_size, patch_size, in_channels, 384, 12, 6, num_classes, **options)
 
 
 class DiT_B(DiT):
-    """`DiT` with 12 blocks of width 768: 130 M parameters."""
+    """`DiT` with 12 blocks of width 768: 130 M parameters. Options as there."""
 
-    def __init__(
-        self, input_size: int, patch_size: int, in_channels: int, num_classes: int, learn_sigma: bool = False
-    ) -> None:
-        super().__init__(input_size, patch_size, in_channels, 768, 12, 12, num_classes, learn_sigma=learn_sigma)
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, num_classes: int, **options: Any) -> None:
+        super().__init__(input_size, patch_size, in_channels, 768, 12, 12, num_classes, **options)
 
 
 class DiT_L(DiT):
-    """`DiT` with 24 blocks of width 1024: 458 M parameters."""
+    """`DiT` with 24 blocks of width 1024: 458 M parameters. Options as there."""
 
-    def __init__(
-        self, input_size: int, patch_size: int, in_channels: int, num_classes: int, learn_sigma: bool = False
-    ) -> None:
-        super().__init__(input_size, patch_size, in_channels, 1024, 24, 16, num_classes, learn_sigma=learn_sigma)
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, num_classes: int, **options: Any) -> None:
+        super().__init__(input_size, patch_size, in_channels, 1024, 24, 16, num_classes, **options)
 
 
 class DiT_XL(DiT):
-    """`DiT` with 28 blocks of width 1152: 675 M parameters."""
+    """`DiT` with 28 blocks of width 1152: 675 M parameters. Options as there."""
 
-    def __init__(
-        self, input_size: int, patch_size: int, in_channels: int, num_classes: int, learn_sigma: bool = False
-    ) -> None:
-        super().__init__(input_size, patch_size, in_channels, 1152, 28, 16, num_classes, learn_sigma=learn_sigma)
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, num_classes: int, **options: Any) -> None:
+        super().__init__(input_size, patch_size, in_channels, 1152, 28, 16, num_classes, **options)
