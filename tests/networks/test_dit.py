@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_stages.networks import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
+from tests.networks import dit_formulas
 
 # every dimension differs from every other, so that no two axes can be swapped unseen
 SIDE, PATCH, CHANNELS, HIDDEN, DEPTH, HEADS, CLASSES, BATCH = 6, 2, 3, 40, 2, 5, 7, 4
@@ -42,81 +43,10 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0.0, 0.13, 0.71, 1.0]), torch.tensor([2, -1, 0, CLASSES - 1])
 
 
-# The formulas of the reference, written from the description of the checkpoints, in float64 and without torch.nn.
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def normalize(x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
-
-
-def linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return torch.einsum("...i,oi->...o", x, w[f"{name}.weight"]) + w[f"{name}.bias"]
-
-
-def position(row: int, column: int) -> list[float]:
-    def code(place: int) -> list[float]:
-        angles = [place / 10_000 ** (i / (HIDDEN / 4)) for i in range(HIDDEN // 4)]
-        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-
-    return code(column) + code(row)
-
-
-def reference(weights: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The forward pass; returns every channel of the last layer."""
-    w = {key: value.double() for key, value in weights.items()}
-    x, t, side, head = x.double(), t.double(), SIDE // PATCH, HIDDEN // HEADS
-
-    angles = t[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
-    features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-    condition = linear(w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", features)))
-    null = CLASSES
-    rows = [null if label == -1 else label for label in y.tolist()]
-    condition = silu(condition + w["y_embedder.embedding_table.weight"][rows])
-
-    patches = x.reshape(BATCH, CHANNELS, side, PATCH, side, PATCH)
-    tokens = torch.einsum("bcipjq,dcpq->bijd", patches, w["x_embedder.proj.weight"]) + w["x_embedder.proj.bias"]
-    tokens = tokens.reshape(BATCH, side * side, HIDDEN)
-    places = [position(row, column) for row in range(side) for column in range(side)]
-    tokens = tokens + torch.tensor(places, dtype=torch.float64)
-
-    for i in range(DEPTH):
-        modulation = linear(w, f"blocks.{i}.adaLN_modulation.1", condition)[:, None, :]
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.split(HIDDEN, dim=2)
-        h = normalize(tokens) * (1 + scale_msa) + shift_msa
-        qkv = linear(w, f"blocks.{i}.attn.qkv", h).reshape(BATCH, side * side, 3, HEADS, head)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        scores = torch.exp(torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(head))
-        attended = torch.einsum("bhnm,bmhd->bnhd", scores / scores.sum(-1, keepdim=True), v)
-        tokens = tokens + gate_msa * linear(w, f"blocks.{i}.attn.proj", attended.reshape(BATCH, -1, HIDDEN))
-        h = normalize(tokens) * (1 + scale_mlp) + shift_mlp
-        h = linear(w, f"blocks.{i}.mlp.fc2", gelu_tanh(linear(w, f"blocks.{i}.mlp.fc1", h)))
-        tokens = tokens + gate_mlp * h
-
-    shift, scale = linear(w, "final_layer.adaLN_modulation.1", condition)[:, None, :].split(HIDDEN, dim=2)
-    values = linear(w, "final_layer.linear", normalize(tokens) * (1 + scale) + shift)
-    channels = values.shape[2] // PATCH**2
-    out = torch.zeros(BATCH, channels, SIDE, SIDE, dtype=torch.float64)
-    for row in range(SIDE):
-        for column in range(SIDE):
-            token = (row // PATCH) * side + column // PATCH
-            first = ((row % PATCH) * PATCH + column % PATCH) * channels
-            out[:, :, row, column] = values[:, token, first : first + channels]
-    return out
-
-
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_forward_is_the_published_formula(inputs, learn_sigma):
     network = randomize(small_dit(learn_sigma=learn_sigma))
-    expected = reference(network.state_dict(), *inputs)
+    expected = dit_formulas.velocity(network.state_dict(), *inputs, num_heads=HEADS)
     assert expected.shape[1] == CHANNELS * (2 if learn_sigma else 1)
     assert expected.std() > 0.3  # the comparison below is about numbers of this size
     velocity = network(*inputs)
@@ -304,6 +234,10 @@ def test_takes_any_square_input(input_size, patch_size, in_channels):
         ({"input_size": 7}, "input_size=7 is not a multiple of patch_size=2"),
         ({"hidden_size": 44}, "hidden_size=44 must be a multiple of num_heads=5"),
         ({"hidden_size": 30}, "hidden_size=30 must be .* and of 4 .*: 20 and its multiples"),
+        (
+            {"rotary": True, "hidden_size": 60, "num_heads": 6},
+            "hidden_size=60 over num_heads=6 must be a multiple of 4",
+        ),
         ({"num_classes": -1}, "num_classes=-1 is negative: pass 0"),
     ],
 )
