@@ -1,6 +1,7 @@
 """The mathematics of flow matching, without data and without Lightning."""
 
 from fm_stages.flow.generators import keyed_generator, keyed_normal, keyed_uniform, stratified_uniform
+from fm_stages.flow.guidance import Guidance, guided, unguided
 from fm_stages.flow.paths import CosinePath, LinearPath, Path, VPPath, check_time, expand_time
 from fm_stages.flow.reshaped import (
     ResolutionShiftedTimesteps,
@@ -8,8 +9,20 @@ from fm_stages.flow.reshaped import (
     TruncatedTimesteps,
     shift_for_share,
 )
-from fm_stages.flow.sampling import sample
-from fm_stages.flow.solvers import euler, time_grid
+from fm_stages.flow.sampling import SAME_IMAGE, count_evaluations, sample
+from fm_stages.flow.sde import DIFFUSIONS, EulerMaruyama
+from fm_stages.flow.solvers import (
+    SOLVERS,
+    Solver,
+    Velocity,
+    dopri5,
+    euler,
+    heun,
+    integrate,
+    midpoint,
+    solver_named,
+    time_grid,
+)
 from fm_stages.flow.tabulated import TabulatedTimesteps
 from fm_stages.flow.timesteps import (
     BetaTimesteps,
@@ -35,6 +48,9 @@ __all__ = [
     "BetaTimesteps",
     "CosMapWeighting",
     "CosinePath",
+    "DIFFUSIONS",
+    "EulerMaruyama",
+    "Guidance",
     "InverseErrorWeighting",
     "LearnedWeighting",
     "LinearPath",
@@ -43,8 +59,11 @@ __all__ = [
     "ModeTimesteps",
     "Path",
     "ResolutionShiftedTimesteps",
+    "SAME_IMAGE",
+    "SOLVERS",
     "ShiftedTimesteps",
     "SigmaSqrtWeighting",
+    "Solver",
     "StageWeighting",
     "TabulatedTimesteps",
     "TimestepSampler",
@@ -52,17 +71,26 @@ __all__ = [
     "UniformTimesteps",
     "UniformWeighting",
     "VPPath",
+    "Velocity",
     "Weighting",
     "check_time",
+    "count_evaluations",
+    "dopri5",
     "euler",
     "expand_time",
+    "guided",
+    "heun",
+    "integrate",
     "keyed_generator",
     "keyed_normal",
     "keyed_uniform",
+    "midpoint",
     "sample",
     "shift_for_share",
     "shift_time",
+    "solver_named",
     "stratified_uniform",
     "time_grid",
+    "unguided",
     "weights_for_share",
 ]

@@ -83,6 +83,14 @@ class Path(ABC):
         scaled = expand_time(self.sigma(t), x_t) * velocity - expand_time(self.d_sigma(t), x_t) * x_t
         return scaled / expand_time(self._wronskian(t), x_t)
 
+    def score(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Gradient of the log density of x_t, (alpha v - alpha' x_t) / (A sigma^2): (B, ...). Undefined at t = 1.
+
+        From any velocity, as `predict_data`: minus the noise that it implies, over sigma. Source: arXiv 2401.08740.
+        """
+        scaled = expand_time(self.alpha(t), x_t) * velocity - expand_time(self.d_alpha(t), x_t) * x_t
+        return scaled / expand_time(self.sigma(t) * self._wronskian(t), x_t)
+
     def _wronskian(self, t: Tensor) -> Tensor:
         """alpha' sigma - alpha sigma', which is A_t sigma_t and stays finite wherever sigma' does: (B,)."""
         return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)

@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fm_stages.flow import LinearPath, VPPath, keyed_normal, sample, time_grid
+from fm_stages.flow import (
+    SAME_IMAGE,
+    EulerMaruyama,
+    Guidance,
+    LinearPath,
+    VPPath,
+    dopri5,
+    euler,
+    keyed_normal,
+    midpoint,
+    sample,
+    time_grid,
+)
 from fm_stages.oracle import DataBank, Oracle
 
 
@@ -65,6 +77,28 @@ def test_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(part, whole[:2], rtol=0, atol=1e-6)
     other = sample(Linear(), LABELS, (1, 4, 4), seed=2, num_steps=10)
     assert ((other - whole).flatten(1).norm(dim=1) > 0.3).all()
+
+
+@pytest.mark.parametrize("solver", [euler, midpoint, EulerMaruyama(LinearPath(), "sigma")], ids=["ode", "two", "sde"])
+def test_images_are_known_by_their_index(solver):
+    """Any batches, in any order, with guidance: the same images."""
+    labels, index = torch.arange(70) % 4 - 1, torch.arange(70)
+    settings = {"seed": 3, "num_steps": 4, "solver": solver, "guidance": Guidance(2.0, (0.2, 0.9))}
+    whole = sample(Linear(), labels, (1, 3, 3), **settings)
+    for size in (1, 7, 32):
+        for part in list(index.flip(0).split(size))[:5]:
+            images = sample(Linear(), labels[part], (1, 3, 3), index=part, **settings)
+            torch.testing.assert_close(images, whole[part], rtol=0, atol=SAME_IMAGE)
+
+
+def test_an_image_of_dopri5_is_its_own_if_it_is_solved_alone():
+    def alone(i: int) -> Tensor:
+        return sample(Linear(), LABELS[i : i + 1], (1, 3, 3), index=torch.tensor([i]), solver=dopri5)
+
+    images = [torch.cat([alone(i) for i in order]) for order in ([0, 1, 2], [2, 1, 0])]
+    assert torch.equal(images[0], images[1].flip(0))
+    together = sample(Linear(), LABELS[:3], (1, 3, 3), solver=dopri5)
+    assert 0 < (together - images[0]).abs().max() < 1e-3  # as close as the tolerance
 
 
 def test_the_global_generator_has_no_say():
