@@ -14,7 +14,7 @@ import yaml
 from torchvision.datasets import CIFAR10
 
 from fm_stages import cli
-from fm_stages.networks import DiT
+from fm_stages.networks import DiT, UNet
 from fm_stages.training import CONFIG_KEY, TrainingCLI, read_checkpoint
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -57,7 +57,7 @@ def small_data(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def shallow_networks(monkeypatch) -> None:
-    """One block in place of twelve: what a config says of images, classes and patches is tried all the same."""
+    """One block in place of twelve, 64 channels of 256: what a config says of the data is tried all the same."""
     make = DiT.__init__
 
     @functools.wraps(make)
@@ -66,6 +66,13 @@ def shallow_networks(monkeypatch) -> None:
         make(**{**bound.arguments, "depth": 1})
 
     monkeypatch.setattr(DiT, "__init__", make_shallow)
+    make_unet = UNet.__init__
+
+    @functools.wraps(make_unet)
+    def make_narrow(self, *args, channels, **kwargs) -> None:
+        make_unet(self, *args, channels=tuple(min(width, 64) for width in channels), **kwargs)
+
+    monkeypatch.setattr(UNet, "__init__", make_narrow)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
