@@ -33,6 +33,18 @@ def _compare() -> None:
     compare_command()
 
 
+def _sample() -> None:
+    from fm_stages.studies import sample_command
+
+    sample_command()
+
+
+def _import() -> None:
+    from fm_stages.studies import import_command
+
+    import_command()
+
+
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
@@ -40,6 +52,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
+    "sample": ("draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR", _sample),
+    "import": ("weights of SiT, DiT, REPA or LightningDiT as a checkpoint: --ckpt FILE --out FILE", _import),
     "compare": ("ways to train, paired by seed: --config X.yaml --arms configs/arms --seeds 3", _compare),
 }
 

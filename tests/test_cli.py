@@ -97,7 +97,7 @@ class TestCommands:
     def test_an_unknown_command_names_those_there_are(self, command):
         done = command("trian")
         assert done.status == 2
-        assert done.err == "fm-stages: no command 'trian'; there are fit, validate, profile, diagnose, compare\n"
+        assert done.err == f"fm-stages: no command 'trian'; there are {', '.join(cli.COMMANDS)}\n"
 
     def test_help_of_fit_names_our_own_sections(self, command):
         done = command("fit", "--help")

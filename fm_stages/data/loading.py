@@ -22,6 +22,11 @@ def to_model_range(images: Tensor) -> Tensor:
     return images.float() * SCALE + SHIFT
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in units of the network to uint8: `to_model_range` undone, rounded to the nearest, cut off at the ends."""
+    return ((images.float() - SHIFT) / SCALE).round().clamp(0, 255).to(torch.uint8)
+
+
 class LabelledImages(Dataset):
     """Images with labels, read a whole batch at once: an item is the pair (rows, positions) that a sampler yields.
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fm_stages.data.loading import SCALE, SHIFT, EpochSampler, HeldOutSampler, LabelledImages
+from fm_stages.data.loading import SCALE, SHIFT, EpochSampler, HeldOutSampler, LabelledImages, to_pixels
 from fm_stages.oracle import DataBank, plan_bank, together
 
 
@@ -94,6 +94,10 @@ class ImageData(L.LightningDataModule):
     def read(self) -> Splits:
         """Read the files; each data set's own part."""
         raise NotImplementedError
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Images as a network draws them, (B, C, H, W), to pixels: uint8, in the same shape."""
+        return to_pixels(images)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data, once; later calls are free.

@@ -1,8 +1,10 @@
 """What a person runs on models and data beside training."""
 
 from fm_stages.studies.compare import compare_command
+from fm_stages.studies.convert import import_command, import_network
 from fm_stages.studies.diagnose import diagnose, diagnose_command, load_run
 from fm_stages.studies.profile import profile_command
+from fm_stages.studies.sample import sample_command
 from fm_stages.studies.sources import Source, open_source
 from fm_stages.studies.study import Study, study_stages
 
@@ -12,8 +14,11 @@ __all__ = [
     "compare_command",
     "diagnose",
     "diagnose_command",
+    "import_command",
+    "import_network",
     "load_run",
     "open_source",
     "profile_command",
+    "sample_command",
     "study_stages",
 ]

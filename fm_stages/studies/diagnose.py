@@ -131,24 +131,33 @@ def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
         The checkpoint, the module (its weights not yet loaded) and the data.
 
     Raises:
-        ValueError: if the file carries no configuration.
+        ValueError: if the file carries no configuration, or was imported and no data is given.
     """
-    checkpoint = read_checkpoint(path)
-    if CONFIG_KEY not in checkpoint:
-        raise ValueError(f"{path} carries no configuration: only checkpoints of `fm-stages fit` can be diagnosed")
-    config = yaml.safe_load(checkpoint[CONFIG_KEY])
-    module, images = build_run({**config, "data": {"class_path": data} if data else config["data"]})
+    checkpoint, module, images = open_run(path, data)
+    if images is None:
+        raise ValueError(f"{path} was imported and does not say on which data it was trained: name it with --data")
     images.setup()
     return checkpoint, module, images
 
 
-def build_run(config: dict[str, Any]) -> tuple[FlowMatching, ImageData]:
-    """Module, with fresh weights, and data of a whole configuration as plain data; nothing is read yet."""
+def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, Any]:
+    """As `load_run`, without reading the data; None for that of an imported network, which names none."""
+    checkpoint = read_checkpoint(path)
+    if CONFIG_KEY not in checkpoint:
+        raise ValueError(f"{path} carries no configuration: only checkpoints of `fm-stages fit` do")
+    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    module, images = build_run({**config, "data": {"class_path": data} if data else config.get("data")})
+    return checkpoint, module, images
+
+
+def build_run(config: dict[str, Any]) -> tuple[FlowMatching, Any]:
+    """Module, with fresh weights, and data (or None) of a whole configuration as plain data; nothing is read yet."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(FlowMatching, "model")
-    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
-    run = parser.instantiate(parser.parse_object({name: config[name] for name in ("model", "data")}))
-    return run.model, run.data
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
+    given = {name: config[name] for name in ("model", "data") if config[name] is not None}
+    run = parser.instantiate(parser.parse_object(given))
+    return run.model, run.get("data")
 
 
 def diagnose_command(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
 from fm_stages.training.report import report
-from fm_stages.training.samples import SampleGrid
+from fm_stages.training.samples import SampleGrid, save_grid
 from fm_stages.training.stages import expected_floors
 from fm_stages.training.steering import StageAware
 from fm_stages.training.subset_targets import ClassSubsetTarget, SharedBatchTarget
@@ -55,4 +55,5 @@ __all__ = [
     "network_weights",
     "read_checkpoint",
     "report",
+    "save_grid",
 ]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from fm_stages.flow import sample, time_grid
+from fm_stages.flow import Guidance, sample, solver_named, time_grid
 from fm_stages.training.loggers import is_trial, log_image, run_folder
+
+SMALLEST_SIDE = 32
+"""Images of fewer pixels are enlarged."""
 
 
 class SampleGrid(L.Callback):
-    """Draws images by Euler steps at intervals and at the end; writes ``<run>/samples/<weights>_<step>.png``.
+    """Draws images at intervals and at the end; writes ``<run>/samples/<weights>_<step>.png``, guided ones beside it.
 
     Args:
         every_n_steps: optimizer steps between grids; 0 = only at the end.
@@ -22,17 +26,30 @@ class SampleGrid(L.Callback):
         num_steps: solver steps.
         seed: of the noise.
         shift: of the solver's time grid; > 1 puts more steps near noise.
+        solver: euler, heun, midpoint or dopri5 (which chooses its own steps).
+        guidance_scale: other than 1 draws a second grid, ``<weights>_guided_<step>.png``, where there are labels.
+        guidance_interval: of t, in which there is guidance.
     """
 
     def __init__(
-        self, every_n_steps: int = 1000, num_samples: int = 64, num_steps: int = 50, seed: int = 0, shift: float = 1.0
+        self,
+        every_n_steps: int = 1000,
+        num_samples: int = 64,
+        num_steps: int = 50,
+        seed: int = 0,
+        shift: float = 1.0,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if every_n_steps < 0 or num_samples < 1 or num_steps < 1:
             raise ValueError(
                 f"every_n_steps={every_n_steps} must be 0 or more, num_samples={num_samples} and "
                 f"num_steps={num_steps} 1 or more"
             )
-        time_grid(num_steps, shift)  # refuses a bad shift now
+        self.solver = solver_named(solver)
+        self.guidance = Guidance(guidance_scale, guidance_interval)
+        time_grid(num_steps, shift, self.guidance.nodes)  # refuses a bad shift now
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self.num_steps = num_steps
@@ -73,19 +90,37 @@ class SampleGrid(L.Callback):
         labels = torch.arange(num, device=pl_module.device) % classes
         if data.num_classes == 0 or getattr(pl_module, "label_dropout", 0) == 1:
             labels = torch.full_like(labels, -1)  # classes whose embedding was never trained would be noise
+        guidance = {"": Guidance()}
+        if self.guidance.is_on and bool((labels != -1).any()):
+            guidance["_guided"] = self.guidance
         for weights, network in (("raw", pl_module.network), ("ema", pl_module.network_ema)):
             if not isinstance(network, nn.Module):
                 continue
             training = network.training
             network.eval()
-            with trainer.precision_plugin.forward_context():
-                images = sample(network, labels, data.shape, self.seed, self.num_steps, self.shift)
+            for suffix, moved in guidance.items():
+                with trainer.precision_plugin.forward_context():
+                    images = sample(
+                        network, labels, data.shape, self.seed, self.num_steps, self.shift, None, self.solver, moved
+                    )
+                if trainer.is_global_zero:
+                    name = f"{weights}{suffix}"
+                    path = run_folder(trainer) / "samples" / f"{name}_{trainer.global_step:07d}.png"
+                    save_grid(images, path, columns)
+                    log_image(trainer, f"samples/{name}", path)
             network.train(training)
-            if trainer.is_global_zero:
-                path = run_folder(trainer) / "samples" / f"{weights}_{trainer.global_step:07d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                images = images.repeat_interleave(zoom := max(1, 32 // images.shape[-1]), -1).repeat_interleave(
-                    zoom, -2
-                )
-                save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1))
-                log_image(trainer, f"samples/{weights}", path)
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Write a grid of images as PNG, making its folder; small ones are enlarged.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1], what lies beyond is cut off; of other than 3 channels the first is shown.
+        path: of the file.
+        columns: images in a row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = images if images.shape[1] == 3 else images[:, :1]
+    zoom = max(1, SMALLEST_SIDE // images.shape[-1])
+    images = images.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1), format="png")

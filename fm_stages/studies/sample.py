@@ -1,0 +1,311 @@
+"""``fm-stages sample``: draw images from a checkpoint to files; the same command goes on where it was stopped.
+
+Image i of a seed is the same on any number of ranks (start them with torchrun) and with any batch size, to 1e-5 of a
+value in float32, before rounding to pixels; with dopri5 to about its tolerance, unless --batch_size is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from argparse import ArgumentError
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from fm_stages.flow import (
+    DIFFUSIONS,
+    SAME_IMAGE,
+    SOLVERS,
+    EulerMaruyama,
+    Guidance,
+    Solver,
+    count_evaluations,
+    dopri5,
+    sample,
+    time_grid,
+)
+from fm_stages.oracle import StageProfile, together
+from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
+from fm_stages.studies.sample_files import FORMATS, PART, ImageFiles, whole_file
+from fm_stages.training import save_grid
+
+SDE = "euler_maruyama"
+RECORD = "sampling.json"
+DEFAULTS = {"num_steps": 50, "shift": 1.0, "diffusion": "sigma", "tolerance": 1e-5}
+IN_GRID = 64
+
+
+def sample_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = ArgumentParser(prog="fm-stages sample", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    option = parser.add_argument
+    option("--ckpt", type=str, required=True, help="checkpoint of fm-stages fit")
+    option("--num", type=int, required=True, help="images in all, over all ranks")
+    option("--out", type=str, required=True, help="folder of the images; a new one, or one to go on with")
+    option("--format", choices=list(FORMATS), default="png", help="png: images/; npz: one file, as evaluators read it")
+    option("--weights", choices=[*WEIGHTS, None], default=None, help="default: ema where they are kept")
+    option("--labels", type=str | None, default=None, help="balanced (default), drawn, null, a class, or 0,3,5")
+    option("--seed", type=int, default=0, help="of all noise and labels")
+    option("--batch_size", type=int, default=64, help="images that a rank draws together")
+    option("--solver", type=str, default="euler", help=f"{', '.join(SOLVERS)} or {SDE} (the SDE); default: %(default)s")
+    option("--num_steps", type=int | None, default=None, help="solver steps; default: 50; not for dopri5")
+    option("--shift", type=float | None, default=None, help="of the time grid; > 1: more steps near noise; default: 1")
+    option("--tolerance", type=float | None, default=None, help="of dopri5; default: 1e-5")
+    option("--diffusion", type=str | None, default=None, help=f"of the SDE: {', '.join(DIFFUSIONS)}; default: sigma")
+    option("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    option(
+        "--guidance_interval", type=float, nargs=2, metavar=("LO", "HI"), default=None,
+        help="t between which there is guidance (0 is noise, 1 is data); default: all",
+    )  # fmt: skip
+    option("--profile", type=str | None, default=None, help="profile.json of fm-stages profile, for that interval")
+    option("--guidance_channels", choices=["all", "3"], default="all", help="3: as the published code of DiT and SiT")
+    option("--precision", choices=["32", "bf16"], default="32", help="bf16: autocast; images then depend on the batch")
+    option("--device", type=str | None, default=None, help="default: a GPU for each rank if there are any")
+    return parser
+
+
+def sample_command(arguments: list[str] | None = None) -> None:
+    """The command: draws what is missing, then writes a grid of the first images and ``sampling.json``.
+
+    Args:
+        arguments: those after ``fm-stages sample``; None: of this process.
+    """
+    options = _parse(sys.argv[2:] if arguments is None else arguments)
+    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if num_ranks > 1:
+        # ranks meet only at the start and the end, which may be days apart
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        _Job(options, rank, num_ranks).run()
+    except KeyboardInterrupt:
+        print(f"\nfm-stages: interrupted; the same command goes on with what is in {options.out}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if num_ranks > 1:
+            dist.destroy_process_group()
+
+
+def _parse(arguments: list[str]) -> Namespace:
+    """The options, checked as far as they can be without the network."""
+    try:
+        options = sample_parser().parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(f"{error} (fm-stages sample --help lists what can be given)") from error
+    for name in ("num", "batch_size"):
+        if options[name] < 1:
+            raise ValueError(f"--{name} {options[name]} must be 1 or more")
+    solver = options.solver
+    if solver not in (*SOLVERS, SDE):
+        raise ValueError(f"--solver {solver}: there is no such solver; there are {', '.join(SOLVERS)} and {SDE}")
+    adaptive = solver == "dopri5"
+    for name, fits, reason in (
+        ("num_steps", not adaptive, "dopri5 chooses its own steps, --tolerance says how fine"),
+        ("shift", not adaptive, "dopri5 chooses its own steps"),
+        ("tolerance", adaptive, "only --solver dopri5 has one"),
+        ("diffusion", solver == SDE, f"only --solver {SDE} has one"),
+    ):
+        if options[name] is not None and not fits:
+            raise ValueError(f"--{name} {options[name]}: {reason}; leave it out")
+        options[name] = options[name] if options[name] is not None else DEFAULTS[name] if fits else None
+    if adaptive and not 0 < options.tolerance < 1:
+        raise ValueError(f"--tolerance {options.tolerance} must lie in (0, 1)")
+    for name in ("guidance_interval", "profile"):
+        if options[name] is not None and options.guidance_scale == 1:
+            raise ValueError(f"--{name} is for guidance: give a --guidance_scale other than 1, or leave it out")
+    if options.profile and options.guidance_interval:
+        raise ValueError("--profile and --guidance_interval both give the interval of guidance: leave one out")
+    return options
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides which images are drawn: resolved, and checked against the network."""
+
+    solver: Solver | EulerMaruyama
+    guidance: Guidance
+    plain: dict[str, Any]
+
+    @classmethod
+    def of(cls, options: Namespace, trained: Trained) -> _Settings:
+        """From the options.
+
+        Raises:
+            ValueError: if the network cannot do what they ask for.
+        """
+        scale, interval = options.guidance_scale, tuple(options.guidance_interval or (0.0, 1.0))
+        if scale != 1 and not (trained.num_classes and 0 < trained.module.label_dropout < 1):
+            raise ValueError(
+                f"--guidance_scale {scale} needs a network that was trained with labels and without; this one's label "
+                f"dropout was {trained.module.label_dropout}, with {trained.num_classes} classes"
+            )
+        if options.profile:
+            interval = _interval_of(options.profile, trained)
+        channels = None if options.guidance_channels == "all" else int(options.guidance_channels)
+        guidance = Guidance(scale, interval, channels)
+        if options.num_steps:
+            time_grid(options.num_steps, options.shift, guidance.nodes)  # refuses what it cannot be made of
+        solver: Solver | EulerMaruyama
+        if options.solver == SDE:
+            solver = EulerMaruyama(trained.module.path, options.diffusion)
+        elif options.solver == "dopri5":
+            solver = partial(dopri5, tolerance=options.tolerance)
+        else:
+            solver = SOLVERS[options.solver]
+        same = ("num", "format", "seed", "solver", "num_steps", "shift", "tolerance", "diffusion", "precision")
+        plain = {
+            **{"weights": trained.weights, "step": trained.step, "weights_digest": trained.digest},
+            **{name: options[name] for name in same},
+            "labels": label_rule(options.labels, trained),
+            "guidance_scale": scale,
+            "guidance_interval": list(interval) if scale != 1 else None,
+            "guidance_channels": options.guidance_channels if scale != 1 else None,
+        }
+        return cls(solver, guidance, plain)
+
+
+def _interval_of(file: str, trained: Trained) -> tuple[float, float]:
+    """The guidance interval of a profile, which has to be of the path of the network."""
+    profile = StageProfile.load(file)
+    path = StageProfile.name_of(trained.module.path)
+    if profile.path != path:
+        raise ValueError(f"--profile {file} is of {profile.path}, the network of {path}: measure its own")
+    return profile.guidance_interval()
+
+
+class _Job:
+    """One call of the command on one rank."""
+
+    def __init__(self, options: Namespace, rank: int, num_ranks: int) -> None:
+        self.options, self.rank, self.num_ranks, self.out = options, rank, num_ranks, Path(options.out)
+        self.group = dist.group.WORLD if num_ranks > 1 else None
+        with together(self.group):
+            self.device = _device(options.device)
+            self.trained = load_trained(options.ckpt, options.weights)
+            self.settings = _Settings.of(options, self.trained)
+            self.files: ImageFiles = FORMATS[options.format](self.out, options.num, self.trained.shape)
+            self.record = self._open() if rank == 0 else {}
+        self.trained.network.to(self.device)
+
+    def run(self) -> None:
+        """Draw this rank's part; rank 0 then completes the folder."""
+        own = self._draw()
+        parts: list[Any] = [own]
+        if self.group is not None:
+            parts = [None] * self.num_ranks
+            dist.all_gather_object(parts, own)  # also the end of all drawing
+        if self.rank == 0:
+            self._complete(parts)
+
+    def _open(self) -> dict[str, Any]:
+        """Make the folder, or take it up again; what ``sampling.json`` says."""
+        file, new = self.out / RECORD, self.settings.plain
+        record: dict[str, Any] = {"checkpoint": self.options.ckpt, "settings": new, "finished": False, "calls": []}
+        there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
+        there = [name for name in there if not name.endswith(PART)]
+        if there and not file.exists():
+            raise ValueError(f"--out {self.out} holds other files ({there[0]}, ...): give a new or an empty folder")
+        if file.exists():
+            try:
+                record = json.loads(file.read_text())
+                old = record["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} is not what this command writes: give another --out") from error
+            changed = [f"{k} was {old.get(k)} and is {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+            if changed:
+                raise ValueError(f"--out {self.out} holds other images: {', '.join(changed)}; give another folder")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for part in self.out.rglob(f"*{PART}"):  # of a call that was killed
+                part.unlink(missing_ok=True)
+            self._write(record)
+        except OSError as error:
+            raise ValueError(f"--out {self.out} cannot be written ({error.strerror}): give another folder") from error
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with whole_file(self.out / RECORD) as part:
+            part.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _draw(self) -> dict[str, float]:
+        """Draw what is missing of this rank's part; images, seconds and evaluations times images."""
+        trained, plain = self.trained, self.settings.plain
+        missing, evaluations = self.files.missing(self.rank, self.num_ranks), 0
+        name = "Sampling" if self.num_ranks == 1 else f"Sampling (rank 0 of {self.num_ranks})"
+        start = time.perf_counter()
+        with (
+            count_evaluations(trained.network) as sizes,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=plain["precision"] == "bf16"),
+            tqdm(total=len(missing), desc=name, unit="image", disable=self.rank > 0 or not len(missing)) as bar,
+        ):
+            for index in missing.split(self.options.batch_size) if len(missing) else ():
+                labels, before = labels_of(index, plain["labels"], trained.num_classes, plain["seed"]), len(sizes)
+                images = sample(
+                    trained.network, labels.to(self.device), trained.shape, plain["seed"], plain["num_steps"] or 50,
+                    plain["shift"] or 1.0, index, self.settings.solver, self.settings.guidance,
+                )  # fmt: skip
+                evaluations += (len(sizes) - before) * len(index)
+                self.files.add(index, trained.data.to_pixels(images).cpu(), labels)
+                bar.update(len(index))
+            self.files.flush()
+        return {"images": len(missing), "seconds": time.perf_counter() - start, "evaluations": evaluations}
+
+    def _complete(self, parts: list[dict[str, float]]) -> None:
+        """The grid, the last files, and what is to be said."""
+        images, seconds = sum(part["images"] for part in parts), max(part["seconds"] for part in parts)
+        if images:
+            call = {
+                "images": images,
+                "seconds": round(seconds, 3),
+                "images_per_sec": images / seconds,
+                "evaluations_per_image": sum(part["evaluations"] for part in parts) / images,
+                "ranks": self.num_ranks,
+                "batch_size": self.options.batch_size,
+                "device": _name_of(self.device),
+            }
+            self.record["calls"].append(call)
+            print(
+                f"{images} images: {call['images_per_sec']:.3g} images/s, "
+                f"{call['evaluations_per_image']:.5g} network evaluations each"
+            )
+        if not (self.out / "grid.png").exists():
+            first = self.files.first(min(IN_GRID, self.options.num))
+            with whole_file(self.out / "grid.png") as part:
+                save_grid(first / 127.5 - 1, part, columns=8)
+        files = self.files.finish()
+        self._write({**self.record, "finished": True, "files": files, "same_image": self._guarantee()})
+        print(f"{self.options.num} images in {self.out}: {files[0]}{' ...' if len(files) > 1 else ''}, {RECORD}")
+
+    def _guarantee(self) -> str:
+        """How far an image depends on the batch that it was drawn in."""
+        plain = self.settings.plain
+        if plain["precision"] == "bf16":
+            return "to the rounding of bfloat16, whatever the batch and the number of ranks"
+        if plain["solver"] == "dopri5":
+            return f"to about the tolerance, {plain['tolerance']:g}; exactly if drawn with batch_size 1"
+        return f"to {SAME_IMAGE:g} of a value before rounding to pixels, whatever the batch and the number of ranks"
+
+
+def _device(asked: str | None) -> torch.device:
+    """The device of this rank, which has to work."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    name = asked or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0]
+        raise ValueError(f"--device {name} cannot be used, leave it out or take cpu: {reason}") from error
+    return torch.device(name)
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
