@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fm_stages.training.loggers import is_trial
@@ -81,12 +82,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
     except Exception as error:  # torch raises many kinds for foreign or truncated files
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of fm-stages: it has no state_dict")
     return checkpoint
+
+
+def _read_torch(path: str | Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Any]:
+    """Weights, and in their metadata what else the file says in text."""
+    with safe_open(path, framework="pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+        return {"state_dict": weights, "global_step": 0, **(file.metadata() or {})}
 
 
 def network_weights(checkpoint: dict[str, Any], ema: bool) -> dict[str, Tensor] | None:
