@@ -206,12 +206,12 @@ class StageAware(L.Callback):
             return
         seen, network = outputs_of(outputs, module), module.network
         assert isinstance(network, nn.Module)
-        edges = [*(b * i / 3 for i in range(3)), *(b + (1 - b) * i / 3 for i in range(4))]
+        edges = [*(b * i / 3 for i in range(3)), *(b + (1 - b) * i / 3 for i in range(3)), 1.0]
         found = measure_gradient_variance(
-            network, self._monitor.oracle, self._monitor.oracle.path, seen["x1"], seen.get("labels"),
+            network, self._monitor.oracle, seen["x1"], seen.get("labels"),
             seen.get("index"), edges, step=trainer.global_step,
         )  # fmt: skip
-        early, late = (sum(found.regular[k]) / max(sum(found.oracle[k]), 1e-30) for k in (slice(3), slice(3, 6)))
+        early, late = found.ratio(0, b), found.ratio(b, 1)
         rank_zero_info(
             f"StageAware, step {trainer.global_step}: a sample's gradient scatters {early:.2f} times as much with the "
             f"conditional target as with the oracle's in navigation, {late:.2f} times in refinement (variance)."

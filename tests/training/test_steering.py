@@ -15,7 +15,6 @@ from fm_stages.training import (
     GapDensity,
     HybridTarget,
     OracleMonitor,
-    Policy,
     ShiftToBoundary,
     StageAware,
     StageWeights,
