@@ -26,7 +26,7 @@ _MOMENTS = "img-mean-std"
 """How names of files begin that hold a VAE's mean and standard deviation."""
 
 
-class Source(NamedTuple):
+class StoredRows(NamedTuple):
     """A training set on disk, opened but not read: N rows, flips included, each of this shape and dtype.
 
     ``take`` reads rows (M,) int64, in rising order: (M, *shape). ``labels`` are (N,) int64 or None; ``scale`` and
@@ -86,7 +86,7 @@ def by_pieces(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype, read: Ca
     return x1
 
 
-def open_array(file: Path) -> Source:
+def open_array(file: Path) -> StoredRows:
     """The rows of a ``.npy`` file (N, ...), with the labels of ``<stem>_labels.npy`` if that is beside it.
 
     Raises:
@@ -105,10 +105,10 @@ def open_array(file: Path) -> Source:
     def take(rows: Tensor) -> Tensor:
         return by_pieces(rows, shape, dtype, lambda part: _as_tensor(array[part.numpy()]))
 
-    return Source(len(array), shape, dtype, take, labels)
+    return StoredRows(len(array), shape, dtype, take, labels)
 
 
-def open_array_folder(folder: Path, files: list[Path]) -> Source:
+def open_array_folder(folder: Path, files: list[Path]) -> StoredRows:
     """One row per ``.npy`` file, with the labels of ``dataset.json`` if that is in the folder.
 
     Raises:
@@ -139,7 +139,7 @@ def open_array_folder(folder: Path, files: list[Path]) -> Source:
     listed = folder / "dataset.json"
     names = [file.relative_to(folder).as_posix() for file in files]
     labels = _listed_labels(listed, names) if listed.exists() else None
-    return Source(len(files), first.shape, dtype, take, labels)
+    return StoredRows(len(files), first.shape, dtype, take, labels)
 
 
 def _listed_labels(file: Path, names: list[str]) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
-from fm_stages.data.array_files import Source, open_array, open_array_folder
+from fm_stages.data.array_files import StoredRows, open_array, open_array_folder
 from fm_stages.data.images import decode, training_folder
 from fm_stages.data.loading import SCALE, SHIFT
 from fm_stages.data.module import available_memory_bytes
@@ -90,7 +90,7 @@ def some_rows(num_rows: int, wanted: int | None, seed: int) -> Tensor:
     return torch.randperm(num_rows, generator=keyed_generator("rows", seed))[:wanted].sort().values
 
 
-def _open(path: Path, image_size: int | None) -> Source:
+def _open(path: Path, image_size: int | None) -> StoredRows:
     """Find out what there is, without reading the rows."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path.resolve()}: give {_ACCEPTED}")
@@ -104,7 +104,7 @@ def _open(path: Path, image_size: int | None) -> Source:
     raise ValueError(f"{path} is of no kind that can be read: give {_ACCEPTED}")
 
 
-def _open_folder(folder: Path, image_size: int | None) -> Source:
+def _open_folder(folder: Path, image_size: int | None) -> StoredRows:
     """Find out which one kind of files a folder holds, at any depth."""
     files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
     suffixes = {"images": IMG_EXTENSIONS, ".safetensors files": (".safetensors",), ".npy files": (".npy",)}
@@ -122,7 +122,7 @@ def _open_folder(folder: Path, image_size: int | None) -> Source:
     return open_tensors(shards)
 
 
-def _open_images(folder: Path, files: list[Path], image_size: int | None) -> Source:
+def _open_images(folder: Path, files: list[Path], image_size: int | None) -> StoredRows:
     """The images of a flat folder, or of class folders with labels."""
     names, labels = [], None
     loose = [file for file in files if file.parent == folder]
@@ -143,7 +143,7 @@ def _open_images(folder: Path, files: list[Path], image_size: int | None) -> Sou
     def take(rows: Tensor) -> Tensor:
         return decode([str(files[row]) for row in rows.tolist()], size)[:, :channels].contiguous()
 
-    return Source(len(files), (channels, size, size), torch.uint8, take, labels, class_names=names)
+    return StoredRows(len(files), (channels, size, size), torch.uint8, take, labels, class_names=names)
 
 
 def _survey(files: list[Path], size_is_given: bool) -> tuple[bool, list[tuple[int, int]]]:
@@ -161,7 +161,7 @@ def _survey(files: list[Path], size_is_given: bool) -> tuple[bool, list[tuple[in
     return grey, sorted(sizes)
 
 
-def _check_memory(source: Source, num_rows: int) -> None:
+def _check_memory(source: StoredRows, num_rows: int) -> None:
     """Raise if the rows and the bank that is made of them do not fit into memory."""
     needed = 2 * num_rows * math.prod(source.shape) * source.dtype.itemsize
     available = available_memory_bytes()

@@ -9,14 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fm_stages.data.array_files import Source, as_labels, by_pieces, check_shape, kept_dtype
+from fm_stages.data.array_files import StoredRows, as_labels, by_pieces, check_shape, kept_dtype
 
 _NAMES = ("latents", "images", "x1")
 _LABELS, _FLIP = "labels", "latents_flip"
 _STATS = "latents_stats.pt"
 
 
-def open_tensors(files: list[Path]) -> Source:
+def open_tensors(files: list[Path]) -> StoredRows:
     """The rows of all files, one after another, and after them their flips; without rows that a sampler repeated.
 
     Raises:
@@ -61,7 +61,7 @@ def open_tensors(files: list[Path]) -> Source:
 
     scale, shift = (1.0, 0.0) if dtype == torch.uint8 else _normalisation(files[0].with_name(_STATS), shape)
     row_labels = torch.cat(labels)[places % sum(sizes)] if labels else None
-    return Source(len(places), shape, dtype, take, row_labels, scale, shift)
+    return StoredRows(len(places), shape, dtype, take, row_labels, scale, shift)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

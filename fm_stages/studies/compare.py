@@ -77,7 +77,7 @@ def compare_command(arguments: list[str] | None = None) -> None:
         arguments: those after ``fm-stages compare``; None: of this process.
     """
     options = _parse(sys.argv[2:] if arguments is None else arguments)
-    study = _Study(options)
+    study = _Comparing(options)
     if options.dry_run:
         print(study.commands())
         return
@@ -104,7 +104,7 @@ def _parse(arguments: list[str]) -> Namespace:
     return options
 
 
-class _Study:
+class _Comparing:
     """One call of the command: what is compared, checked before anything is trained."""
 
     def __init__(self, options: Namespace) -> None:

@@ -22,6 +22,7 @@ from fm_stages.studies.compare_arms import Arm
 POLL_SEC = 0.5
 """Between two looks at a process."""
 
+
 class RunFailedError(Exception):
     """A run ended without a model; the message says how, and where its log is."""
 

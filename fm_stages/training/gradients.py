@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from fm_stages.flow import Path, keyed_normal, keyed_uniform
+from fm_stages.flow import keyed_normal, keyed_uniform
 from fm_stages.oracle import Oracle, mean_square
 
 
@@ -39,16 +39,19 @@ class GradientVariance:
     mean_square: list[float]
     num_samples: int
 
-    @property
-    def ratio(self) -> list[float]:
-        """How many times as many samples the conditional target needs, by bin (K); NaN where no gradient scatters."""
-        return [r / o if o > 0 else math.nan for r, o in zip(self.regular, self.oracle, strict=True)]
+    def ratio(self, lo: float = 0.0, hi: float = 1.0) -> float:
+        """How many times as many samples the conditional target needs, over the bins inside [lo, hi].
+
+        NaN where no gradient scatters.
+        """
+        inside = [k for k, (a, b) in enumerate(pairwise(self.edges)) if lo <= a and b <= hi]
+        regular, oracle = sum(self.regular[k] for k in inside), sum(self.oracle[k] for k in inside)
+        return regular / oracle if oracle > 0 else math.nan
 
 
 def measure_gradient_variance(
     network: nn.Module,
     oracle: Oracle,
-    path: Path,
     x1: Tensor,
     labels: Tensor | None,
     index: Tensor | None,
@@ -66,7 +69,6 @@ def measure_gradient_variance(
     Args:
         network: called as ``network(x_t, t, labels)``, in whatever mode it is; not sharded.
         oracle: of the training set.
-        path: between noise and data.
         x1: (B, ...) rows of the training set. A bin with more samples than rows repeats some, and so scatters less.
         labels: (B,) int64 as the network sees them, -1 = null; None: the network and the oracle are told none.
         index: (B,) rows in the bank, where they are known.
@@ -82,6 +84,7 @@ def measure_gradient_variance(
         ValueError: if there is no row, fewer than 2 samples in a bin, or no bin.
     """
     _check(x1, edges, num_per_bin)
+    path = oracle.path
     num_bins = len(edges) - 1
     sample = torch.arange(num_bins * num_per_bin)  # M samples, bin after bin
     row = (sample % len(x1)).to(x1.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,6 @@ from fm_stages.oracle import (
     DataBank,
     Oracle,
     StageProfile,
-    TimestepCurves,
     Wiener,
     decompose,
     describe,
@@ -40,6 +40,7 @@ from fm_stages.training.stages import (
     read_profile,
     stage_metrics,
 )
+from fm_stages.training.window import Window
 
 QUANTITIES = ("regular", "gap", "floor", "residual", "identity", "top1", "ess", "zero", "wiener")
 
@@ -95,14 +96,16 @@ class OracleMonitor(L.Callback):
         self.profile: StageProfile | None = None
         self.train: Curves | None = None
         """Curves of the last window on training inputs (raw weights)."""
+        self.logged_step = 0
+        """Step at which that window ended."""
         self.held_out: dict[str, Curves] = {}
         """Curves of the last validation, by suffix: "" raw, "_ema" averaged weights."""
         self._oracle: Oracle | None = None
-        self._sums: TimestepCurves | None = None
+        self._window: Window | None = None
+        self._restored: dict[str, Any] | None = None
         self._held_out_sums: HeldOut | None = None
         self._checked = self._alarming = self._measuring = False
-        self._measured = self._last_step = self._logged_step = 0
-        self._oracle_sec = self._window_start = 0.0
+        self._last_step = 0
         self._share: float | None = None  # of unlabelled samples that the profile is for, once it is known
 
     @property
@@ -163,12 +166,14 @@ class OracleMonitor(L.Callback):
     # training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the bank's size, and forget an earlier fit."""
+        """Check the bank's size; begin anew, or go on with what the checkpoint holds."""
         check_num_rows(self.oracle, trainer)
         self._last_step = trainer.global_step
-        self._checked = self._alarming = False
-        self._measured = 0
-        self.train, self.held_out = None, {}
+        state = self._restored or {"train": None, "held_out": {}, "alarming": False, "logged_step": 0}
+        self._checked, self._alarming, self.logged_step = False, state["alarming"], state["logged_step"]
+        self.train = None if state["train"] is None else Curves(**state["train"])
+        self.held_out = {suffix: Curves(**curves) for suffix, curves in state["held_out"].items()}
+        self._window = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -192,20 +197,33 @@ class OracleMonitor(L.Callback):
             seen.get("index") if self.oracle.collapses else None,
             self.wiener,
         )
-        assert self._sums is not None
-        self._sums.update(parts.t, **{name: getattr(parts, name) for name in QUANTITIES})
-        self._measured += 1
-        self._oracle_sec += _clock(pl_module.device) - start
-        if self._measured >= self.window:
+        assert self._window is not None
+        self._window.add(parts.t, {name: getattr(parts, name) for name in QUANTITIES})
+        self._window.oracle_sec += _clock(pl_module.device) - start
+        if self._window.num_measured >= self.window:
             gap = self._log_window(trainer, pl_module)
             # for the progress bar, and for callbacks that watch a number
             pl_module.log("oracle/gap", gap, prog_bar=True, logger=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what an unfinished window holds, if there is nothing better, and say what the run found."""
-        if self._measured and self.train is None:
+        if self.train is None and self._window is not None and self._window.num_measured:
             self._log_window(trainer, pl_module)
         self._print_report(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is measured so far. Every rank calls this, as Lightning does when it writes a checkpoint."""
+        return {
+            "window": None if self._window is None else self._window.state_dict(),
+            "train": None if self.train is None else asdict(self.train),
+            "held_out": {suffix: asdict(curves) for suffix, curves in self.held_out.items()},
+            "alarming": self._alarming,
+            "logged_step": self.logged_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next fit go on from `state_dict`."""
+        self._restored = state_dict
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any) -> None:
         """Check the first batch against the bank, and open the first window."""
@@ -216,25 +234,25 @@ class OracleMonitor(L.Callback):
         share = label_dropout_of(trainer, pl_module, self.oracle, self.label_dropout, seen.get("labels"))
         if self._share != share:
             self._prepare(trainer, pl_module, seen, share)
-        self._open_window(pl_module)
+        self._window = self._new_window(pl_module)
+        if self._restored is not None and self._restored["window"] is not None:
+            self._window.load_state_dict(self._restored["window"])
+        self._restored = None
 
-    def _open_window(self, pl_module: L.LightningModule) -> None:
+    def _new_window(self, pl_module: L.LightningModule) -> Window:
         assert self.profile is not None
         edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
-        self._sums = TimestepCurves(QUANTITIES, edges).to(pl_module.device)
-        self._measured = 0
-        self._oracle_sec = 0.0
-        self._window_start = time.perf_counter()
+        return Window(QUANTITIES, edges, pl_module.device)
 
     def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
         """Reduce over ranks, log scalars, table and figure, test the identity, open a new window; returns the gap."""
         start = _clock(pl_module.device)
-        assert self._sums is not None
-        self.train = self._sums.compute()  # on every rank: the sums are reduced
+        assert self._window is not None
+        self.train = self._window.compute()  # on every rank: the sums are reduced
         assert self.profile is not None
         metrics = train_metrics(self.train, self.profile.boundary)
         metrics |= stage_metrics(self.profile, density_of(pl_module))
-        metrics["oracle/share"] = self._oracle_sec / max(start - self._window_start, 1e-9)
+        metrics["oracle/share"] = self._window.share(start)
         shift = getattr(getattr(pl_module, "timesteps", None), "shift", None)
         if shift is not None:
             metrics["stages/shift"] = shift
@@ -242,10 +260,10 @@ class OracleMonitor(L.Callback):
         self._test_identity(trainer, metrics["oracle/identity_z"])
         log_curves(trainer, "oracle/gap_by_t", self.train)
         self._draw(trainer)
-        self._open_window(pl_module)
+        self._window = self._new_window(pl_module)
         # what was just spent on logging counts for the window that it delays
-        self._window_start, self._oracle_sec = start, _clock(pl_module.device) - start
-        self._logged_step = trainer.global_step
+        self._window.start, self._window.oracle_sec = start, _clock(pl_module.device) - start
+        self.logged_step = trainer.global_step
         return metrics["oracle/gap"]
 
     def _test_identity(self, trainer: L.Trainer, z: float) -> None:
@@ -330,7 +348,7 @@ class OracleMonitor(L.Callback):
             self._draw(trainer)  # with the newest held-out curve
         print("\n" + report(self.train, self.held_out, self.profile.boundary))
         if self.train is not None:
-            print(f"\nTraining rows: mean of the last window of measurements, which ended at step {self._logged_step}.")
+            print(f"\nTraining rows: mean of the last window of measurements, which ended at step {self.logged_step}.")
         checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
         print(f"\nFigures and tables: {run_folder(trainer)}" + (f"\nCheckpoints: {checkpoint}" if checkpoint else ""))
 

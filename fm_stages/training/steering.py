@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
 from fm_stages import plots
-from fm_stages.oracle import Curves
 from fm_stages.training.alerts import alert
 from fm_stages.training.checks import outputs_of
 from fm_stages.training.gradients import measure_gradient_variance
@@ -59,7 +58,7 @@ class StageAware(L.Callback):
         self._restored = False
         self._refused: dict[str, str] = {}
         self._outlook = Outlook()
-        self._window: Curves | None = None  # the last one that was added to the outlook
+        self._window_step = -1  # of the last one that was added to the outlook
         self._measured_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -106,9 +105,9 @@ class StageAware(L.Callback):
         monitor, step = self._monitor, trainer.global_step
         if monitor is None or monitor.profile is None:
             return
-        if monitor.train is not None and monitor.train is not self._window:
-            self._window = monitor.train
-            self._outlook.add_window(step, monitor.train, monitor.profile.boundary)
+        if monitor.train is not None and monitor.logged_step != self._window_step:
+            self._window_step = monitor.logged_step
+            self._outlook.add_window(monitor.logged_step, monitor.train, monitor.profile.boundary)
         every = self.gradients_every_n_steps
         if every and step and step % every == 0 and step != self._measured_step:
             self._measured_step = step
@@ -207,12 +206,12 @@ class StageAware(L.Callback):
             return
         seen, network = outputs_of(outputs, module), module.network
         assert isinstance(network, nn.Module)
-        edges = [*(b * i / 3 for i in range(3)), *(b + (1 - b) * i / 3 for i in range(4))]
+        edges = [*(b * i / 3 for i in range(3)), *(b + (1 - b) * i / 3 for i in range(3)), 1.0]
         found = measure_gradient_variance(
-            network, self._monitor.oracle, self._monitor.oracle.path, seen["x1"], seen.get("labels"),
+            network, self._monitor.oracle, seen["x1"], seen.get("labels"),
             seen.get("index"), edges, step=trainer.global_step,
         )  # fmt: skip
-        early, late = (sum(found.regular[k]) / max(sum(found.oracle[k]), 1e-30) for k in (slice(3), slice(3, 6)))
+        early, late = found.ratio(0, b), found.ratio(b, 1)
         rank_zero_info(
             f"StageAware, step {trainer.global_step}: a sample's gradient scatters {early:.2f} times as much with the "
             f"conditional target as with the oracle's in navigation, {late:.2f} times in refinement (variance)."

@@ -174,6 +174,36 @@ class TestCadence:
         trainer.fit(make_module(), datamodule=make_data(), ckpt_path="a.ckpt")
         assert sorted(int(file.stem[-7:]) for file in Path("oracle").glob("*.csv")) == [2, 4, 6]
 
+    def test_a_window_goes_on_where_the_checkpoint_left_it(self, make_module, make_data, make_trainer):
+        def run(steps: int, ckpt_path: str | None = None) -> tuple[L.Trainer, OracleMonitor]:
+            monitor = OracleMonitor(1, 4)
+            trainer = make_trainer(steps, callbacks=[monitor], val_check_interval=2, check_val_every_n_epoch=None)
+            trainer.fit(make_module(), datamodule=make_data(), ckpt_path=ckpt_path)
+            return trainer, monitor
+
+        trainer, half = run(6)  # in the middle of the second window
+        trainer.save_checkpoint("a.ckpt")
+        _, whole = run(8)
+        first, second = (Path(f"oracle/gap_by_t_{step:07d}.csv") for step in (4, 8))
+        expected = second.read_text()
+        second.unlink()
+        first.unlink()
+        _, resumed = run(8, "a.ckpt")
+        assert not first.exists()
+        assert second.read_text() == expected
+        # as text, for NaN is not equal to itself
+        assert repr(resumed.train) == repr(whole.train) != repr(half.train)
+        assert repr(resumed.held_out) == repr(whole.held_out)
+
+    def test_a_window_with_other_bins_begins_anew(self, make_module, make_data, make_trainer):
+        first = make_trainer(3, callbacks=[OracleMonitor(1, 4)])
+        first.fit(make_module(), datamodule=make_data())
+        first.save_checkpoint("a.ckpt")
+        monitor = OracleMonitor(1, 4, num_bins=6)
+        make_trainer(7, callbacks=[monitor]).fit(make_module(), datamodule=make_data(), ckpt_path="a.ckpt")
+        assert monitor.logged_step == 7
+        assert sum(monitor.train.count) == 4 * 20
+
     def test_a_second_fit_measures_anew(self, make_module, make_data, make_trainer):
         monitor = OracleMonitor(1, 2)
         for data in (make_data(), make_data(flip=True)):

@@ -79,7 +79,7 @@ def flow_matching(folder: Path, strategy: str, devices: int, ckpt_path: Path | N
         warmup_steps=2,
     )
     callbacks = [
-        OracleMonitor(every_n_steps=1, window=3),
+        OracleMonitor(every_n_steps=1, window=2),
         StageAware([ShiftToBoundary(0.6)], gradients_every_n_steps=4),
         SampleGrid(every_n_steps=3, num_samples=10, num_steps=2),
         Throughput(every_n_steps=2),
@@ -107,3 +107,5 @@ if __name__ == "__main__":
         folder = Path(sys.argv[1]) / run.__name__
         folder.mkdir(parents=True, exist_ok=True)
         run(folder, "ddp", 2)
+    folder = Path(sys.argv[1]) / "resumed"
+    flow_matching(folder, "ddp", 2, Path(sys.argv[1]) / "flow_matching/checkpoints/step_0000003.ckpt")
