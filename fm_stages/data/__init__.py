@@ -1,7 +1,7 @@
 """Training data: each data module says once, in `bank()`, what its training set is."""
 
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
-from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range
+from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 from fm_stages.data.module import ImageData
 from fm_stages.data.rows import Rows, read_rows, some_rows
 
@@ -18,4 +18,5 @@ __all__ = [
     "read_rows",
     "some_rows",
     "to_model_range",
+    "to_pixels",
 ]

@@ -3,6 +3,7 @@
 from fm_stages.plots.comparison import gap_of_arms, paired_differences, progress_of_arms
 from fm_stages.plots.density import timestep_density
 from fm_stages.plots.gradients import gradient_variance
+from fm_stages.plots.handover import handover
 from fm_stages.plots.losses import gap_by_t
 from fm_stages.plots.pictures import oracle_paths, posterior_strips
 from fm_stages.plots.stages import boundary_trends, compare_stages, stage_curves
@@ -14,6 +15,7 @@ __all__ = [
     "gap_by_t",
     "gap_of_arms",
     "gradient_variance",
+    "handover",
     "oracle_paths",
     "paired_differences",
     "posterior_strips",

@@ -3,6 +3,7 @@
 from fm_stages.studies.compare import compare_command
 from fm_stages.studies.convert import import_command, import_network
 from fm_stages.studies.diagnose import diagnose, diagnose_command, load_run
+from fm_stages.studies.handover import handover_command
 from fm_stages.studies.profile import profile_command
 from fm_stages.studies.sample import sample_command
 from fm_stages.studies.sources import Source, open_source
@@ -16,6 +17,7 @@ __all__ = [
     "diagnose_command",
     "import_command",
     "import_network",
+    "handover_command",
     "load_run",
     "open_source",
     "profile_command",

@@ -143,9 +143,10 @@ class Probe:
     def _draw(self, network: nn.Module) -> Tensor:
         """As many images as there are to compare with, of the same classes, from one noise."""
         network.eval()
+        shape, seed, num_steps = self.data.shape, self.settings.seed, self.settings.solver_steps
         drawn = [
-            sample(network, labels.to(self.device), self.data.shape, self.settings.seed + i, self.settings.solver_steps)
-            for i, labels in enumerate(self.labels.split(CHUNK))
+            sample(network, self.labels[index].to(self.device), shape, seed, num_steps, index=index)
+            for index in torch.arange(len(self.labels)).split(CHUNK)
         ]
         return torch.cat(drawn).cpu()
 

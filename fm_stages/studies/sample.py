@@ -54,7 +54,7 @@ def sample_parser() -> ArgumentParser:
     option("--out", type=str, required=True, help="folder of the images; a new one, or one to go on with")
     option("--format", choices=list(FORMATS), default="png", help="png: images/; npz: one file, as evaluators read it")
     option("--weights", choices=[*WEIGHTS, None], default=None, help="default: ema where they are kept")
-    option("--labels", type=str | None, default=None, help="balanced (default), drawn, null, a class, or 0,3,5")
+    option("--labels", type=str, default=None, help="balanced (default), drawn, null, a class, or 0,3,5")
     option("--seed", type=int, default=0, help="of all noise and labels")
     option("--batch_size", type=int, default=64, help="images that a rank draws together")
     option("--solver", type=str, default="euler", help=f"{', '.join(SOLVERS)} or {SDE} (the SDE); default: %(default)s")
@@ -152,7 +152,7 @@ class _Settings:
             interval = _interval_of(options.profile, trained)
         channels = None if options.guidance_channels == "all" else int(options.guidance_channels)
         guidance = Guidance(scale, interval, channels)
-        if options.num_steps:
+        if options.num_steps is not None:
             time_grid(options.num_steps, options.shift, guidance.nodes)  # refuses what it cannot be made of
         solver: Solver | EulerMaruyama
         if options.solver == SDE:
@@ -247,16 +247,19 @@ class _Job:
             torch.autocast(self.device.type, torch.bfloat16, enabled=plain["precision"] == "bf16"),
             tqdm(total=len(missing), desc=name, unit="image", disable=self.rank > 0 or not len(missing)) as bar,
         ):
-            for index in missing.split(self.options.batch_size) if len(missing) else ():
-                labels, before = labels_of(index, plain["labels"], trained.num_classes, plain["seed"]), len(sizes)
-                images = sample(
-                    trained.network, labels.to(self.device), trained.shape, plain["seed"], plain["num_steps"] or 50,
-                    plain["shift"] or 1.0, index, self.settings.solver, self.settings.guidance,
-                )  # fmt: skip
-                evaluations += (len(sizes) - before) * len(index)
-                self.files.add(index, trained.data.to_pixels(images).cpu(), labels)
-                bar.update(len(index))
-            self.files.flush()
+            try:
+                for index in missing.split(self.options.batch_size) if len(missing) else ():
+                    labels, before = labels_of(index, plain["labels"], trained.num_classes, plain["seed"]), len(sizes)
+                    images = sample(
+                        trained.network, labels.to(self.device), trained.shape, plain["seed"],
+                        plain["num_steps"] or 50, plain["shift"] or 1.0,
+                        index, self.settings.solver, self.settings.guidance,
+                    )  # fmt: skip
+                    evaluations += (len(sizes) - before) * len(index)
+                    self.files.add(index, trained.data.to_pixels(images).cpu(), labels)
+                    bar.update(len(index))
+            finally:
+                self.files.flush()
         return {"images": len(missing), "seconds": time.perf_counter() - start, "evaluations": evaluations}
 
     def _complete(self, parts: list[dict[str, float]]) -> None:

@@ -1,7 +1,7 @@
 """Files of drawn images, each there as a whole or not at all, so that drawing can be killed at any time and go on.
 
-Images are numbered 0, 1, ...; those of a shard of `SHARD` are drawn by one rank, and what is missing is told from the
-names of the files alone.
+Images are numbered 0, 1, ...; those of a shard are drawn by one rank, and what is missing is told from the names of the
+files alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARD = 512
-"""Images of a shard: a file of .npz or .safetensors."""
+SMALLEST, LARGEST, NUM_SHARDS = 32, 512, 64
+"""Images of a shard, and how many shards there should be: few files, and about as many images for each rank."""
 
 PART = ".part"
 """Ends the name of a file that is being written."""
@@ -50,6 +50,7 @@ class ImageFiles(ABC):
 
     def __init__(self, folder: Path, num: int, shape: tuple[int, int, int]) -> None:
         self.folder, self.num, self.shape = folder, num, shape
+        self.per_shard = min(LARGEST, max(SMALLEST, num // NUM_SHARDS))
 
     @abstractmethod
     def done(self) -> Tensor:
@@ -73,13 +74,13 @@ class ImageFiles(ABC):
     def missing(self, rank: int = 0, num_ranks: int = 1) -> Tensor:
         """Numbers of the images that this rank still has to draw, increasing, (n,) int64."""
         index = torch.arange(self.num)
-        own = index // SHARD % num_ranks == rank
+        own = index // self.per_shard % num_ranks == rank
         own[self.done()] = False
         return index[own]
 
     def shards(self) -> list[Tensor]:
         """The numbers of each shard's images."""
-        return list(torch.arange(self.num).split(SHARD))
+        return list(torch.arange(self.num).split(self.per_shard))
 
 
 class PngFiles(ImageFiles):
@@ -151,8 +152,9 @@ class ShardFiles(ImageFiles):
         """See `ImageFiles`."""
         for number, picture, label in zip(index.tolist(), pixels, labels, strict=True):
             self.pending[number] = picture, label
-        for shard in {number // SHARD * SHARD for number in index.tolist()}:
-            numbers = range(shard, min(shard + SHARD, self.num))
+        size = self.per_shard
+        for shard in {number // size * size for number in index.tolist()}:
+            numbers = range(shard, min(shard + size, self.num))
             if all(number in self.pending for number in numbers):
                 whole = [self.pending.pop(number) for number in numbers]
                 images, own = (torch.stack(parts) for parts in zip(*whole, strict=True))
@@ -161,7 +163,7 @@ class ShardFiles(ImageFiles):
 
     def first(self, num: int) -> Tensor:
         """See `ImageFiles`."""
-        shards = [self.read(self.path(first))[0] for first in range(0, num, SHARD)]
+        shards = [self.read(self.path(first))[0] for first in range(0, num, self.per_shard)]
         return torch.cat(shards)[:num]
 
     def finish(self) -> list[str]:

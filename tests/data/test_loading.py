@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fm_stages.data import EpochSampler, HeldOutSampler, LabelledImages, to_model_range
+from fm_stages.data import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 
 N = 50
 
@@ -45,6 +45,8 @@ class TestPreprocessing:
         expected = levels.double() / 255 * 2 - 1
         assert (to_model_range(levels).double() - expected).abs().max() < 1e-6
         assert to_model_range(levels).amin() == -1
+        assert torch.equal(to_pixels(to_model_range(levels)), levels)
+        assert to_pixels(torch.tensor([-3.0, -0.9962, 0.01, 1.7])).tolist() == [0, 0, 129, 255]
         assert to_model_range(levels).amax() == 1
 
     def test_bits_do_not_depend_on_the_batch(self):

@@ -1,10 +1,17 @@
-"""A profile made by hand, and the command in an empty folder."""
+"""A profile made by hand, and a checkpoint as fit leaves it, of a small network with random weights."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from fm_stages.networks import DiT
 from fm_stages.oracle import StageCurves, StageProfile
+from fm_stages.training import CONFIG_KEY
+
+SIZES = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
 
 def made_profile(boundary: float = 0.1, navigation_end: float = 0.1, **fields) -> StageProfile:
@@ -30,3 +37,39 @@ def made_profile(boundary: float = 0.1, navigation_end: float = 0.1, **fields) -
 @pytest.fixture(scope="session")
 def profile_of() -> Callable[..., StageProfile]:
     return made_profile
+
+
+def make_network(seed: int, num_classes: int = 10) -> DiT:
+    """Its velocity is far from zero, and depends on the label."""
+    network = DiT(**SIZES, num_classes=num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return network.eval()
+
+
+def save_checkpoint(path: Path, ema: bool = True, num_classes: int = 10, **model) -> Path:
+    """Of the digits; raw weights by seed 1 and EMA weights by seed 2; fields of section ``model`` may be given."""
+    sizes = {**SIZES, "num_classes": num_classes}
+    network = {"class_path": "fm_stages.networks.DiT", "init_args": sizes}
+    config = {"model": {"network": network, **model}, "data": {"class_path": "fm_stages.data.Digits"}}
+    kinds = {"network.": 1, **({"network_ema.": 2} if ema else {})}
+    state = {
+        f"{prefix}{name}": weight
+        for prefix, seed in kinds.items()
+        for name, weight in make_network(seed, num_classes).state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "global_step": 7, CONFIG_KEY: yaml.safe_dump(config)}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_network() -> Callable[..., DiT]:
+    return make_network
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    return save_checkpoint

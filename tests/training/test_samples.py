@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fm_stages.flow import sample
+from fm_stages.flow import Guidance, midpoint, sample
 from fm_stages.training import SampleGrid
 
 
@@ -32,6 +32,18 @@ class TestGrid:
                     ((image[0].double().clamp(-1, 1) + 1) * 127.5).repeat_interleave(8, 0).repeat_interleave(8, 1)
                 )
                 assert (shown - expected).abs().max() <= 1
+
+    def test_guided_grids_lie_beside_the_others(self, make_module, make_data, make_trainer):
+        module = make_module(ema_decay=0.9)
+        grid = SampleGrid(
+            num_samples=3, num_steps=4, solver="midpoint", guidance_scale=3.0, guidance_interval=(0.2, 0.8)
+        )
+        make_trainer(2, callbacks=[grid]).fit(module, datamodule=make_data())
+        assert steps_of() == [f"{name}_0000002.png" for name in ("ema", "ema_guided", "raw", "raw_guided")]
+        guidance = Guidance(3.0, (0.2, 0.8))
+        images = sample(module.network.eval(), torch.arange(3), (1, 4, 4), 0, 4, solver=midpoint, guidance=guidance)
+        shown = np.array(Image.open("samples/raw_guided_0000002.png"))[2:34:8, 2:34:8, 0]
+        assert np.abs(shown - ((images[0, 0].double().clamp(-1, 1) + 1) * 127.5).numpy()).max() <= 1
 
     def test_same_noise_each_time(self, make_module, make_data, make_trainer):
         module = make_module(optimizer=lambda p: torch.optim.SGD(p, lr=0.0), ema_decay=0.0)
@@ -74,3 +86,9 @@ class TestGrid:
         ((name, value),) = arguments.items()
         with pytest.raises(ValueError, match=f"{name}={value}"):
             SampleGrid(**arguments)
+
+    def test_solver_and_guidance_that_cannot_be(self):
+        with pytest.raises(ValueError, match="no solver 'rk4'"):
+            SampleGrid(solver="rk4")
+        with pytest.raises(ValueError, match="guidance interval"):
+            SampleGrid(guidance_interval=(0.9, 0.1))
