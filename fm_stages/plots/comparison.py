@@ -9,37 +9,53 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fm_stages.plots.style import shade_stages
 
 
 def gap_of_arms(
-    edges: Sequence[float], curves: Mapping[str, Mapping[str, Sequence[float]]], boundary: float, title: str = ""
+    edges: Sequence[float],
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    reference: str,
+    boundary: float,
+    title: str = "",
 ) -> Figure:
-    """The gap over t of several arms, each with two standard errors to either side.
+    """The gap over t of several arms, and below it the difference of each to the reference.
 
     Args:
         edges: (K + 1) bin edges.
-        curves: by arm, ``mean`` (K) over seeds and its standard error ``sem`` (K), 0 or NaN where there is none.
+        curves: by arm, ``mean`` (K) over seeds and its standard error ``sem`` (K), 0 or NaN where there is none; and,
+            for arms that share seeds with the reference, ``relative`` (K) and ``relative_sem`` (K): the difference over
+            the reference, paired by seed.
+        reference: the arm that is the zero line below.
         boundary: between the stages.
         title: of the figure.
 
     Returns:
-        The figure.
+        The figure; bands are two standard errors to either side.
     """
-    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8.5, 8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     centre = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
     for i, (name, arm) in enumerate(curves.items()):
         mean, error = np.asarray(arm["mean"]), np.nan_to_num(np.asarray(arm["sem"]))
-        axes.plot(centre, mean, color=f"C{i}", marker="o", ms=3, lw=1.4, label=name)
-        _band(axes, centre, mean, error, f"C{i}")
-    axes.set_yscale("log")
-    axes.set_xlim(0, 1)
-    shade_stages(axes, boundary)
-    axes.set_xlabel("t   (0 = noise, 1 = data)")
-    axes.set_ylabel("distance to the oracle, squared, per value")
-    axes.legend(fontsize=8)
+        above.plot(centre, mean, color=f"C{i}", marker="o", ms=3, lw=1.4, label=name)
+        _band(above, centre, mean, error, f"C{i}")
+        if name != reference and "relative" in arm:
+            share = 100 * np.asarray(arm["relative"])
+            error = 200 * np.nan_to_num(np.asarray(arm["relative_sem"]))
+            below.plot(centre, share, color=f"C{i}", marker="o", ms=3, lw=1.4)
+            below.fill_between(centre, share - error, share + error, color=f"C{i}", alpha=0.13, lw=0)
+    above.set_yscale("log")
+    above.set_ylabel("distance to the oracle, squared, per value")
+    above.legend(fontsize=8)
+    below.axhline(0, color="0.4", lw=0.9, ls=":")
+    below.set_ylabel(f"difference to {reference}, %")
+    below.set_xlabel("t   (0 = noise, 1 = data)")
+    for axes in (above, below):
+        axes.set_xlim(0, 1)
+        shade_stages(axes, boundary)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -65,6 +81,10 @@ def progress_of_arms(curves: Mapping[str, Mapping[str, Any]], names: Mapping[str
                 _band(axes, curve[place], mean, error, f"C{i}")
             axes.set_xscale("log")
             axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):  # as plain numbers, and few of them
+                axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+                axis.set_minor_locator(NullLocator())
             axes.set_xlabel(label)
             axes.set_title(words if row == 0 else "", fontsize=10)
     panels[0][-1].legend(fontsize=8)

@@ -37,6 +37,26 @@ def seconds_per_step(results: Results) -> dict[str, float]:
     }
 
 
+def cost_of_step(results: Results, reference: str) -> dict[str, tuple[float, float, float]]:
+    """Time per step over that of the reference, by arm: least, median, and largest over seeds.
+
+    The median is that of `seconds_per_step`; least and largest are of the seeds that the reference has, too.
+    """
+    pace, beside = seconds_per_step(results), results.get(reference, {})
+    if reference not in pace:
+        return {}
+    costs = {}
+    for arm in pace:
+        both = [
+            (run["train_sec"] / run["steps"]) / (beside[seed]["train_sec"] / beside[seed]["steps"])
+            for seed, run in results[arm].items()
+            if seed in beside
+        ]
+        middle = pace[arm] / pace[reference]
+        costs[arm] = min(both, default=middle), middle, max(both, default=middle)
+    return costs
+
+
 def equal_time(results: Results) -> EqualTime | None:
     """Read all arms where their training has taken equally long; None if nothing is finished."""
     pace = seconds_per_step(results)

@@ -18,7 +18,7 @@ import torch
 from fm_stages import plots
 from fm_stages.oracle import StageProfile
 from fm_stages.studies.compare_measure import METRICS, NUM_SUBSETS, PROGRESS, ProbeSettings
-from fm_stages.studies.compare_progress import Results, equal_time, progress_curves, seconds_per_step
+from fm_stages.studies.compare_progress import Results, cost_of_step, equal_time, progress_curves
 from fm_stages.studies.compare_runs import write_atomically
 from fm_stages.studies.compare_statistics import Paired, mean_of, paired
 
@@ -85,16 +85,25 @@ class Comparison:
         return found
 
     def gap_curves(self) -> dict[str, dict[str, list[float]]]:
-        """Gap over t of each arm: mean over seeds and, from two on, its standard error, in each bin (K)."""
+        """Gap over t of each arm, as `fm_stages.plots.gap_of_arms` takes it."""
         curves = {}
+        reference = self._gaps(self.reference)
         for arm, runs in self.results.items():
             if not runs:
                 continue
-            gaps = [run["weights"][self.weights]["curves"]["train"]["mean"]["gap"] for run in runs.values()]
-            rows = np.array(gaps, dtype=float)  # null becomes NaN
-            error = rows.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.zeros(rows.shape[1])
-            curves[arm] = {"mean": rows.mean(0).tolist(), "sem": error.tolist()}
+            gaps = self._gaps(arm)
+            mean, error = _mean_and_error(np.array(list(gaps.values())))
+            curves[arm] = {"mean": mean, "sem": error}
+            if common := sorted(set(gaps) & set(reference)):
+                relative = np.array([gaps[seed] / reference[seed] - 1 for seed in common])
+                curves[arm]["relative"], curves[arm]["relative_sem"] = _mean_and_error(relative)
         return curves
+
+    def _gaps(self, arm: str) -> dict[int, np.ndarray]:
+        """Gap in each bin (K), by seed."""
+        runs = self.results.get(arm, {})
+        curves = {seed: run["weights"][self.weights]["curves"]["train"]["mean"]["gap"] for seed, run in runs.items()}
+        return {seed: np.array(gap, dtype=float) for seed, gap in curves.items()}  # null becomes NaN
 
     def edges(self) -> list[float]:
         """Of the timestep bins, which are the same for all runs."""
@@ -108,7 +117,8 @@ def write_report(comparison: Comparison, out: Path) -> None:
     figures = any(comparison.results.values())
     if figures:
         curves, boundary = comparison.gap_curves(), comparison.profile.boundary
-        plots.save(plots.gap_of_arms(comparison.edges(), curves, boundary, _title(comparison)), out / "gap_by_t.png")
+        gaps = plots.gap_of_arms(comparison.edges(), curves, comparison.reference, boundary, _title(comparison))
+        plots.save(gaps, out / "gap_by_t.png")
         forest = {arm: {m: asdict(p) for m, p in pairs.items()} for arm, pairs in comparison.differences().items()}
         title = (
             f"{comparison.name}: difference to {comparison.reference}, mean over seeds and 95 % interval "
@@ -132,7 +142,7 @@ def report_text(c: Comparison) -> str:
         f"{len(c.arms) * len(c.seeds)} runs. All arms of a seed start from the same weights and are given the same "
         "images, noise and base random numbers.",
         "",
-        *(f"- **Missing**: {run}: {reason}" for run, reason in c.missing.items()),
+        *_missing(c.missing),
         *(
             f"- `{arm}` starts from **other weights** than the reference: its network differs."
             for arm in c.other_weights
@@ -164,7 +174,8 @@ def machine() -> str:
     """This machine in words."""
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     processor = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} CPU cores ({processor}), {kind}, {platform.system()}, torch {torch.__version__}"
+    cpu = f"{os.cpu_count()} CPU cores ({processor}, torch threads: {torch.get_num_threads()})"
+    return f"{cpu}, {kind}, {platform.system()}, torch {torch.__version__}"
 
 
 def plain(value: Any) -> Any:
@@ -174,6 +185,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean_and_error(rows: np.ndarray) -> tuple[list[float], list[float]]:
+    """Over seeds (S, K): the mean (K) and its standard error (K), 0 for one seed."""
+    error = rows.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.zeros(rows.shape[1])
+    return rows.mean(0).tolist(), error.tolist()
+
+
+def _missing(runs: Mapping[str, str]) -> list[str]:
+    """A line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for run, reason in runs.items():
+        by_reason.setdefault(reason, []).append(run)
+    return [f"- **Missing**: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def _table_of_arms(c: Comparison) -> list[str]:
@@ -235,7 +260,7 @@ def _table_at_equal_time(c: Comparison) -> list[str]:
     found = equal_time(c.results)
     if found is None or c.reference not in found.steps:
         return ["The reference has not finished yet."]
-    pace = seconds_per_step(c.results)
+    costs = cost_of_step(c.results, c.reference)
     rows = []
     for arm in found.steps:
         cells = []
@@ -244,11 +269,14 @@ def _table_at_equal_time(c: Comparison) -> list[str]:
             relative = "" if pair is None or math.isnan(pair.relative) else f" ({100 * pair.relative:+.1f} %"
             relative += ((" *" if pair is not None and pair.shown else "") + ")") if relative else ""
             cells.append(_number(mean_of(list(of_seed.values()))) + relative)
-        rows.append([arm, f"{pace[arm] / pace[c.reference]:.2f}", f"{found.steps[arm]:.0f}", *cells])
+        low, middle, high = costs[arm]
+        cost = f"{middle:.2f}" + (f" ({low:.2f} - {high:.2f})" if low < high else "")
+        rows.append([arm, cost, f"{found.steps[arm]:.0f}", *cells])
     words = (
         f"After {found.seconds:.0f} s of training, when the fastest arm was done. *Cost*: time per step over that of "
-        f"`{c.reference}`, medians over seeds. Read off between measurements along the runs, linear in the logarithm "
-        "of the step. In brackets: against the reference, a star as above."
+        f"`{c.reference}`: median over seeds (and range, which says how quiet the machine was). Read off between "
+        "measurements along the runs, linear in the logarithm of the step. In brackets: against the reference, a star "
+        "as above."
     )
     return [*_table(["arm", "cost", "steps", *(METRICS[name] for name in PROGRESS)], rows), "", words]
 
@@ -273,6 +301,7 @@ def _numbers(c: Comparison) -> dict[str, Any]:
         **{"other_weights": c.other_weights, "weights": c.weights, "probe": asdict(c.settings)},
         **{"boundary": c.profile.boundary, "command": f"fm-stages compare {shlex.join(c.options)}"},
         **{"machine": machine(), "means": means, "differences": differences, "runs": c.results},
+        **({"gap_by_t": c.gap_curves(), "edges": c.edges()} if any(c.results.values()) else {}),
         **{"progress": progress_curves(c.results), "equal_time": None if reached is None else asdict(reached)},
     }
 

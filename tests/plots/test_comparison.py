@@ -10,7 +10,8 @@ from fm_stages import plots
 EDGES = [0.0, 0.2, 0.5, 1.0]
 CURVES = {
     "regular": {"mean": [0.4, 0.2, 0.5], "sem": [0.01, 0.15, 0.0]},
-    "oracle": {"mean": [0.3, 0.1, math.nan], "sem": [0.0, math.nan, math.nan]},
+    "oracle": {"mean": [0.3, 0.1, math.nan], "sem": [0.0, math.nan, math.nan]}
+    | {"relative": [-0.25, -0.5, math.nan], "relative_sem": [0.05, math.nan, math.nan]},
 }
 PAIR = {"mean": 0.5, "low": 0.25, "high": 0.75}
 DIFFERENCES = {
@@ -24,7 +25,7 @@ NAMES = {"gap": "gap, all t", "mmd": "pixel MMD (not FID)"}
 class TestGapOfArms:
     @pytest.fixture
     def axes(self):
-        return plots.gap_of_arms(EDGES, CURVES, 0.3, "title").axes[0]
+        return plots.gap_of_arms(EDGES, CURVES, "regular", 0.3, "title").axes[0]
 
     def test_one_line_per_arm_at_the_middle_of_each_bin(self, axes):
         lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
@@ -39,8 +40,16 @@ class TestGapOfArms:
         assert spans[0.1] == pytest.approx([0.38, 0.42])
         assert spans[0.35] == pytest.approx([0.02, 0.5])  # a tenth of the mean, where -0.1 has no place
 
+    def test_below_is_the_difference_to_the_reference(self):
+        axes = plots.gap_of_arms(EDGES, CURVES, "regular", 0.3).axes[1]
+        assert axes.get_ylabel() == "difference to regular, %"
+        (line,) = (line for line in axes.get_lines() if len(line.get_xdata()) == 3)
+        np.testing.assert_allclose(line.get_xydata(), [[0.1, -25], [0.35, -50], [0.75, math.nan]])
+        points = axes.collections[0].get_paths()[0].vertices
+        assert sorted({round(float(y), 6) for x, y in points if abs(x - 0.1) < 1e-9}) == [-35, -15]
+
     def test_is_written(self, tmp_path):
-        file = plots.save(plots.gap_of_arms(EDGES, CURVES, 0.3), tmp_path / "gap.png")
+        file = plots.save(plots.gap_of_arms(EDGES, CURVES, "regular", 0.3), tmp_path / "gap.png")
         assert file.read_bytes().startswith(b"\x89PNG")
 
 

@@ -238,6 +238,20 @@ class TestReport:
                 assert found["smallest"] == pytest.approx((np.tan(0.475 * np.pi) + np.tan(0.3 * np.pi)) * spread)
                 assert report["means"][weights]["oracle"][metric] == pytest.approx(np.mean(values["oracle"]))
 
+    def test_curves_over_t_are_paired_by_seed(self, compared):
+        report = json.loads((compared / "out/report.json").read_text())
+        gaps = {
+            arm: [
+                np.array(result(arm, seed, compared / "out")["weights"]["ema"]["curves"]["train"]["mean"]["gap"], float)
+                for seed in (0, 1)
+            ]
+            for arm in ("regular", "oracle")
+        }
+        ratios = np.array(gaps["oracle"]) / np.array(gaps["regular"]) - 1
+        found = report["gap_by_t"]["oracle"]
+        np.testing.assert_allclose(np.array(found["relative"], float), ratios.mean(0))
+        np.testing.assert_allclose(np.array(found["relative_sem"], float), np.abs(ratios[0] - ratios[1]) / 2)
+
     def test_text_says_what_was_compared_and_how(self, compared):
         text = (compared / "out/report.md").read_text()
         report = json.loads((compared / "out/report.json").read_text())
@@ -403,7 +417,7 @@ class TestCluster:
         assert lines[-1][-1] == "--report"
         last = command(*lines[-1][1:])
         assert last.status == 0
-        assert "- **Missing**: regular/0: not run yet" in Path("out/report.md").read_text()
+        assert "- **Missing**: regular/0, regular/1, oracle/1: not run yet" in Path("out/report.md").read_text()
         assert len(in_process.commands) == 1
 
 
