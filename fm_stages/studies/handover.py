@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_stages import plots
+from fm_stages.data import ImageData
 from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solver_named, time_grid, unguided
 from fm_stages.oracle import DataBank, Oracle, nearest_rows
 from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
@@ -32,7 +33,7 @@ MEMORIZED = 1 / 3
 """A sample is called memorized if its nearest training image is this many times nearer than the second nearest.
 Source: arXiv 2310.02664 (after Yoon et al., 2023)."""
 
-TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,16 @@ def study_handover(
 
     Returns:
         Numbers and pictures.
+
+    Raises:
+        ValueError: if the checkpoint names no data.
     """
+    data = trained.data
+    if data is None:
+        raise ValueError("the checkpoint names no data, and without a training set there is no oracle to hand over to")
     taus = sorted({0.0, *taus, 1.0})
-    trained.data.setup()
-    bank = trained.data.bank().to(device)
+    data.setup()
+    bank = data.bank().to(device)
     oracle, network = Oracle(bank, trained.module.path), trained.network.to(device)
     grid = time_grid(num_steps, nodes=taus)
     drawn = []
@@ -160,7 +167,7 @@ def study_handover(
         for i, order in enumerate(ORDERS)
         for j, tau in enumerate(taus)
     ]
-    held_out = _held_out(trained, num, seed).to(device)
+    held_out = _held_out(data, num, seed).to(device)
     found.append(_closeness("held-out images", None, _nearest(bank, held_out)[0]))
     shown = row[:, :, :num_shown, 0]
     nearest = bank.rows(shown.flatten()).float().unflatten(0, shown.shape)
@@ -192,9 +199,9 @@ def _mean(x: Tensor) -> tuple[float, float]:
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
 
 
-def _held_out(trained: Trained, num: int, seed: int) -> Tensor:
+def _held_out(data: ImageData, num: int, seed: int) -> Tensor:
     """Held-out images drawn at random, (N, C, H, W)."""
-    dataset: Any = trained.data.val_dataloader().dataset
+    dataset: Any = data.val_dataloader().dataset
     chosen = torch.randperm(len(dataset), generator=keyed_generator("handover", seed))[:num]
     return dataset[chosen, torch.arange(len(chosen))]["x1"]
 

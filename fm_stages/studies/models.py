@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from fm_stages.data import ImageData
 from fm_stages.flow import keyed_uniform
 from fm_stages.studies.diagnose import open_run
-from fm_stages.training import FlowMatching, network_weights
+from fm_stages.training import CONFIG_KEY, FlowMatching, network_weights
 
 WEIGHTS = ("ema", "raw")
 
@@ -24,22 +26,24 @@ class Trained:
     Attributes:
         network: in evaluation mode, with its weights.
         module: says path and label dropout.
-        data: that it was trained on; not read yet.
+        data: that it was trained on, not read yet; None for an imported network.
         shape: (C, H, W) of an image.
         num_classes: labels that it knows; 0 where it never saw one.
         weights: of which kind.
         digest: tells other weights apart.
         step: of the weights.
+        config: of the run, whole, as plain data.
     """
 
     network: nn.Module
     module: FlowMatching
-    data: ImageData
+    data: ImageData | None
     shape: tuple[int, int, int]
     num_classes: int
     weights: str
     digest: str
     step: int
+    config: dict[str, Any]
 
 
 def load_trained(path: str | Path, weights: str | None = None) -> Trained:
@@ -53,7 +57,7 @@ def load_trained(path: str | Path, weights: str | None = None) -> Trained:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such checkpoint, or holds no such weights.
+        ValueError: if it is no such checkpoint, holds no such weights, or nothing says for which images it is.
     """
     checkpoint, module, data = open_run(path)
     kept = {kind: network_weights(checkpoint, ema=kind == "ema") for kind in WEIGHTS}
@@ -73,16 +77,19 @@ def load_trained(path: str | Path, weights: str | None = None) -> Trained:
         weights=kind,
         digest=_digest(state),
         step=int(checkpoint.get("global_step", 0)),
+        config=yaml.safe_load(checkpoint[CONFIG_KEY]),
     )
 
 
-def _built_for(network: nn.Module, data: ImageData) -> tuple[tuple[int, int, int], int]:
+def _built_for(network: nn.Module, data: ImageData | None) -> tuple[tuple[int, int, int], int]:
     """Shape of an image and number of classes, by the network or else by the data."""
     channels, side, num_classes = (
         getattr(network, name, None) for name in ("in_channels", "input_size", "num_classes")
     )
     if isinstance(channels, int) and isinstance(side, int) and isinstance(num_classes, int):
         return (channels, side, side), num_classes
+    if data is None:
+        raise ValueError(f"{type(network).__name__} does not say for which images, and the checkpoint names no data")
     data.setup()
     return data.shape, data.num_classes
 

@@ -52,7 +52,12 @@ def sample_parser() -> ArgumentParser:
     option("--ckpt", type=str, required=True, help="checkpoint of fm-stages fit")
     option("--num", type=int, required=True, help="images in all, over all ranks")
     option("--out", type=str, required=True, help="folder of the images; a new one, or one to go on with")
-    option("--format", choices=list(FORMATS), default="png", help="png: images/; npz: one file, as evaluators read it")
+    option(
+        "--format",
+        choices=list(FORMATS),
+        default="png",
+        help="png: images/; npz: one file, as evaluators read it; safetensors: shards",
+    )
     option("--weights", choices=[*WEIGHTS, None], default=None, help="default: ema where they are kept")
     option("--labels", type=str, default=None, help="balanced (default), drawn, null, a class, or 0,3,5")
     option("--seed", type=int, default=0, help="of all noise and labels")
@@ -192,6 +197,13 @@ class _Job:
             self.device = _device(options.device)
             self.trained = load_trained(options.ckpt, options.weights)
             self.settings = _Settings.of(options, self.trained)
+            # what a network draws, where nothing says how it becomes pixels: latents of an imported one
+            self.to_pixels = self.trained.data.to_pixels if self.trained.data else None
+            if self.to_pixels is None and options.format != "safetensors":
+                raise ValueError(
+                    f"--format {options.format}: {options.ckpt} names no data, so nothing says how its values become "
+                    "pixels; --format safetensors writes them as they are, in float32"
+                )
             self.files: ImageFiles = FORMATS[options.format](self.out, options.num, self.trained.shape)
             self.record = self._open() if rank == 0 else {}
         self.trained.network.to(self.device)
@@ -256,7 +268,7 @@ class _Job:
                         index, self.settings.solver, self.settings.guidance,
                     )  # fmt: skip
                     evaluations += (len(sizes) - before) * len(index)
-                    self.files.add(index, trained.data.to_pixels(images).cpu(), labels)
+                    self.files.add(index, (self.to_pixels(images) if self.to_pixels else images).cpu(), labels)
                     bar.update(len(index))
             finally:
                 self.files.flush()
@@ -280,7 +292,7 @@ class _Job:
                 f"{images} images: {call['images_per_sec']:.3g} images/s, "
                 f"{call['evaluations_per_image']:.5g} network evaluations each"
             )
-        if not (self.out / "grid.png").exists():
+        if self.to_pixels and not (self.out / "grid.png").exists():
             first = self.files.first(min(IN_GRID, self.options.num))
             with whole_file(self.out / "grid.png") as part:
                 save_grid(first / 127.5 - 1, part, columns=8)

@@ -131,7 +131,7 @@ class PngFiles(ImageFiles):
 
 
 class ShardFiles(ImageFiles):
-    """``shards/000000.safetensors`` and so on, named by the first image; images (n, C, H, W) uint8 and labels (n,)."""
+    """``shards/000000.safetensors`` and so on, named by the first image: images (n, C, H, W) and labels (n,)."""
 
     suffix = ".safetensors"
 

@@ -49,11 +49,13 @@ def make_network(seed: int, num_classes: int = 10) -> DiT:
     return network.eval()
 
 
-def save_checkpoint(path: Path, ema: bool = True, num_classes: int = 10, **model) -> Path:
+def save_checkpoint(path: Path, ema: bool = True, num_classes: int = 10, data: bool = True, **model) -> Path:
     """Of the digits; raw weights by seed 1 and EMA weights by seed 2; fields of section ``model`` may be given."""
     sizes = {**SIZES, "num_classes": num_classes}
     network = {"class_path": "fm_stages.networks.DiT", "init_args": sizes}
-    config = {"model": {"network": network, **model}, "data": {"class_path": "fm_stages.data.Digits"}}
+    config: dict = {"model": {"network": network, **model}}
+    if data:
+        config["data"] = {"class_path": "fm_stages.data.Digits"}
     kinds = {"network.": 1, **({"network_ema.": 2} if ema else {})}
     state = {
         f"{prefix}{name}": weight

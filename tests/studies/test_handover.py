@@ -132,3 +132,8 @@ class TestCommand:
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert complaint in done.err
         assert not Path("out").exists()
+
+    def test_an_imported_network_has_no_oracle(self, command, write_checkpoint):
+        done = command("handover", "--ckpt", write_checkpoint(Path("imported.ckpt"), data=False), "--out", "out")
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "names no data" in done.err

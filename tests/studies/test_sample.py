@@ -163,6 +163,19 @@ class TestFormats:
         assert_same(torch.cat([shard["images"] for shard in shards]), expected())
         assert torch.cat([shard["labels"] for shard in shards]).tolist() == LABELS.tolist()
 
+    def test_what_is_no_picture_is_written_as_it_is(self, command, write_checkpoint, random_network):
+        """Of an imported network, whose checkpoint names no data."""
+        path = write_checkpoint(Path("imported.ckpt"), data=False)
+        arguments = ["sample", "--ckpt", path, "--num", 5, "--out", "out", "--num_steps", STEPS]
+        done = command(*arguments)
+        assert done.status == 2
+        assert "--format safetensors writes them as they are" in done.err
+        assert command(*arguments, "--format", "safetensors").status == 0
+        images = load_file("out/shards/000000.safetensors")["images"]
+        plain = sample(random_network(2), torch.arange(5), (1, 8, 8), num_steps=STEPS)
+        torch.testing.assert_close(images, plain, rtol=0, atol=1e-5)
+        assert not Path("out/grid.png").exists()
+
     @pytest.mark.parametrize("kind", sample_files.FORMATS)
     def test_an_error_while_writing_leaves_no_file(self, kind, tmp_path, monkeypatch):
         """As a full disk: what is half written has another name."""
