@@ -44,13 +44,13 @@ class DiT(nn.Module):
         swiglu: gated MLPs, two thirds as wide, in place of those with GELU.
         rotary: turn queries and keys by their place, beside the position that is added to each token.
         time_scale: what t is multiplied by before it is embedded; 1000 lets the embedding tell close times apart.
-        activation_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again:
-            about a third more time for a step, and memory that hardly grows with ``depth``.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again: one
+            more forward pass for a step, and a small part of the memory (23 MiB of 366, `DiT_S` on 4 latents).
         compile_blocks: let torch.compile compile the blocks. They share their code, so that this takes no longer for
             more of them.
 
     Raises:
-        ValueError: if the sizes do not divide as said above.
+        ValueError: if the sizes do not divide as said above, or time_scale is not positive.
     """
 
     def __init__(
@@ -88,6 +88,10 @@ class DiT(nn.Module):
             raise ValueError(
                 f"rotary positions turn pairs of channels by row and by column: hidden_size={hidden_size} over "
                 f"num_heads={num_heads} must be a multiple of 4, and is {hidden_size // num_heads}"
+            )
+        if not time_scale > 0:
+            raise ValueError(
+                f"time_scale={time_scale} must be positive: 1 for SiT's embedding of t, 1000 for a finer one"
             )
         super().__init__()
         self.input_size = input_size

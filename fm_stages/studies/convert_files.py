@@ -92,15 +92,20 @@ def _sets(tree: dict[str, Any], path: str | Path) -> dict[str, Weights]:
     for kind, names in SECTIONS.items():
         for name in names:
             if isinstance(tree.get(name), dict):
-                found.setdefault(kind, _stripped(tree[name], path))
-    if found:
-        return found
-    weights = _stripped(tree, path)
-    for kind, names in SECTIONS.items():  # one dictionary whose keys begin with the name of the set
-        inside = {k.partition(".")[2]: v for k, v in weights.items() if k.partition(".")[0] in names}
-        if inside:
-            found[kind] = inside
-    return found if sum(map(len, found.values())) == len(weights) else {"": weights}
+                inside = _split(_stripped(tree[name], path))
+                for inner, weights in inside.items():
+                    found.setdefault(inner or kind, weights)
+    return found or _split(_stripped(tree, path))
+
+
+def _split(weights: Weights) -> dict[str, Weights]:
+    """The sets in one dictionary whose keys all begin with the name of a set; else the dictionary, by no name."""
+    found = {
+        kind: {key.partition(".")[2]: value for key, value in weights.items() if key.partition(".")[0] in names}
+        for kind, names in SECTIONS.items()
+    }
+    whole = sum(map(len, found.values())) == len(weights)
+    return {kind: part for kind, part in found.items() if part} if whole else {"": weights}
 
 
 def _stripped(tree: dict[str, Any], path: str | Path) -> Weights:
@@ -114,7 +119,7 @@ def _stripped(tree: dict[str, Any], path: str | Path) -> Weights:
     return weights
 
 
-def write_network(path: str | Path, weights: Weights, kind: str, config: str) -> None:
+def write_network(path: str | Path, weights: Weights, kind: str, config: str, step: int = 0) -> None:
     """Write a network as a checkpoint that every command reads, .safetensors by its ending; never over a file.
 
     Args:
@@ -122,6 +127,7 @@ def write_network(path: str | Path, weights: Weights, kind: str, config: str) ->
         weights: of the network.
         kind: ``ema`` or ``raw``.
         config: YAML that says how the network is built.
+        step: of the weights.
 
     Raises:
         ValueError: if there is a file already.
@@ -135,9 +141,9 @@ def write_network(path: str | Path, weights: Weights, kind: str, config: str) ->
     part = path.with_name(f".{path.name}.part")  # so that a file that was cut short is never taken for a whole one
     try:
         if path.suffix == ".safetensors":
-            save_file(named, part, metadata={CONFIG_KEY: config})
+            save_file(named, part, metadata={CONFIG_KEY: config, "global_step": str(step), "weights": kind})
         else:
-            torch.save({"state_dict": named, CONFIG_KEY: config, "global_step": 0}, part)
+            torch.save({"state_dict": named, CONFIG_KEY: config, "global_step": step}, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -15,7 +15,9 @@ from fm_stages.networks import DiT
 LABELS = "y_embedder.embedding_table.weight"
 LAST = "final_layer.linear.weight"
 NEEDED = ("pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.0.weight", LABELS, "blocks.0.attn.qkv.weight", LAST)
-"""What sizes are read off."""
+"""What sizes are read off, beside the first layer of an MLP."""
+
+MLP, GATED_MLP = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"
 
 HEADS = {(12, 384): 6, (12, 768): 12, (24, 1024): 16, (28, 1152): 16, (24, 1536): 24, (28, 1792): 28}
 """Attention heads of the published sizes, by depth and width: no weight's shape tells them."""
@@ -57,7 +59,7 @@ def recognize(weights: dict[str, Tensor], num_heads: int | None = None, num_clas
         kind = "repa"
         weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")}
     weights = _joined_blocks(weights)
-    missing = [key for key in NEEDED if key not in weights]
+    missing = [key for key in (*NEEDED, GATED_MLP if GATED_MLP in weights else MLP) if key not in weights]
     if missing:
         raise ValueError(
             f"no layout that is known (SiT, DiT, REPA, LightningDiT): {', '.join(missing)} not among "
@@ -99,9 +101,6 @@ def _sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str, Any]:
     if math.isqrt(tokens) ** 2 != tokens:
         raise ValueError(f"pos_embed has {tokens} places, which are no square grid: only square inputs are known")
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    gated = weights.get("blocks.0.mlp.w12.weight")
-    mlp_size = len(weights.get("blocks.0.mlp.fc1.weight", weights[LABELS]) if gated is None else gated)
-    ratios = [mlp_size / hidden] if gated is None else [4.0, 0.75 * mlp_size / hidden, (0.75 * mlp_size + 1) / hidden]
     return {
         "input_size": math.isqrt(tokens) * patch,
         "patch_size": patch,
@@ -109,14 +108,22 @@ def _sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str, Any]:
         "hidden_size": hidden,
         "depth": depth,
         "num_heads": _heads(weights, hidden, depth, num_heads),
-        # the width of a gated MLP is rounded: take the ratio that gives it back
-        "mlp_ratio": next((r for r in ratios if gated is None or 2 * int(2 / 3 * int(hidden * r)) == mlp_size), 4.0),
+        "mlp_ratio": _mlp_ratio(weights, hidden),
         "learn_sigma": len(weights[LAST]) == 2 * channels * patch**2,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "rms_norm": "blocks.0.norm1.weight" in weights,
-        "swiglu": gated is not None,
+        "swiglu": GATED_MLP in weights,
         "rotary": "feat_rope.freqs_cos" in weights,
     }
+
+
+def _mlp_ratio(weights: dict[str, Tensor], hidden: int) -> float:
+    """Width of the MLP over that of the tokens; of a gated one, whose width was rounded, one that gives it back."""
+    if GATED_MLP not in weights:
+        return len(weights[MLP]) / hidden
+    width = len(weights[GATED_MLP]) // 2
+    ratios = (4.0, 1.5 * width / hidden, (1.5 * width + 1) / hidden)
+    return next((ratio for ratio in ratios if int(2 / 3 * int(hidden * ratio)) == width), 4.0)
 
 
 def _heads(weights: dict[str, Tensor], hidden: int, depth: int, given: int | None) -> int:

@@ -238,6 +238,7 @@ def test_takes_any_square_input(input_size, patch_size, in_channels):
             {"rotary": True, "hidden_size": 60, "num_heads": 6},
             "hidden_size=60 over num_heads=6 must be a multiple of 4",
         ),
+        ({"time_scale": 0.0}, "time_scale=0.0 must be positive"),
         ({"num_classes": -1}, "num_classes=-1 is negative: pass 0"),
     ],
 )

@@ -169,6 +169,25 @@ class TestVelocities:
         expected = dit_formulas.velocity(w, *inputs, num_heads=HEADS)
         torch.testing.assert_close(velocity_of(paths["out"], inputs), expected, rtol=0, atol=2e-6)
 
+    def test_sets_inside_a_training_frameworks_state_dict(self, file, inputs):
+        w = source()
+        state = {f"ema_model.module.{k}": v for k, v in w.items()} | {f"model.{k}": -v for k, v in w.items()}
+        paths = file({"state_dict": state, "epoch": 3})
+        assert "ema weights" in import_network(**paths, num_heads=HEADS)
+        expected = dit_formulas.velocity(w, *inputs, num_heads=HEADS)
+        torch.testing.assert_close(velocity_of(paths["out"], inputs), expected, rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("width", [53, 100, 106, 107, 160])
+    def test_gated_mlps_of_any_width(self, file, inputs, width):
+        w = source(lightning=True)
+        for i in range(DEPTH):
+            shapes = {"w12.weight": (2 * width, HIDDEN), "w12.bias": (2 * width,), "w3.weight": (HIDDEN, width)}
+            w |= {f"blocks.{i}.mlp.{name}": torch.randn(shape) / 8 for name, shape in shapes.items()}
+        paths = file(w)
+        import_network(**paths)
+        expected = dit_formulas.velocity(w, *inputs, num_heads=HEADS, rotary=True)
+        torch.testing.assert_close(velocity_of(paths["out"], inputs), expected, rtol=0, atol=5e-6)
+
     def test_training_starts_from_them(self, file, inputs):
         w = source()
         paths = file(w)
