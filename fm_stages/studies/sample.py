@@ -1,7 +1,8 @@
 """``fm-stages sample``: draw images from a checkpoint to files; the same command goes on where it was stopped.
 
-Image i of a seed is the same on any number of ranks (start them with torchrun) and with any batch size, to 1e-5 of a
-value in float32, before rounding to pixels; with dopri5 to about its tolerance, unless --batch_size is 1.
+Image i of a seed is the same on any number of ranks and with any batch size, to 1e-5 of a value in float32, before
+rounding to pixels; with dopri5 to about its tolerance, unless --batch_size is 1. Several ranks are started with
+``torchrun --nproc_per_node 8 -m fm_stages -- sample ...``; without the ``--`` torchrun takes ``--num`` for its own.
 """
 
 from __future__ import annotations
