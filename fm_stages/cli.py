@@ -45,6 +45,12 @@ def _import() -> None:
     import_command()
 
 
+def _export() -> None:
+    from fm_stages.studies import export_command
+
+    export_command()
+
+
 def _handover() -> None:
     from fm_stages.studies import handover_command
 
@@ -60,6 +66,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
     "sample": ("draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR", _sample),
     "import": ("weights of SiT, DiT, REPA or LightningDiT as a checkpoint: --ckpt FILE --out FILE", _import),
+    "export": ("a checkpoint as a folder of diffusers, or as one .safetensors: --ckpt FILE --out DIR", _export),
     "handover": ("the oracle until tau and the model after it, and the other way round: --ckpt FILE", _handover),
     "compare": ("ways to train, paired by seed: --config X.yaml --arms configs/arms --seeds 3", _compare),
 }

@@ -12,6 +12,7 @@ from fm_stages.flow.reshaped import (
 from fm_stages.flow.sampling import SAME_IMAGE, count_evaluations, sample
 from fm_stages.flow.sde import DIFFUSIONS, EulerMaruyama
 from fm_stages.flow.solvers import (
+    SAME_TIME,
     SOLVERS,
     Solver,
     Velocity,
@@ -60,6 +61,7 @@ __all__ = [
     "Path",
     "ResolutionShiftedTimesteps",
     "SAME_IMAGE",
+    "SAME_TIME",
     "SOLVERS",
     "ShiftedTimesteps",
     "SigmaSqrtWeighting",
