@@ -25,7 +25,7 @@ from fm_stages.oracle import StageProfile
 from fm_stages.studies.convert_files import write_network
 from fm_stages.studies.export_card import card
 from fm_stages.studies.export_source import Source, source_of
-from fm_stages.studies.models import WEIGHTS, Trained, load_trained
+from fm_stages.studies.models import WEIGHTS, Trained, check_guidance, load_trained
 
 OF_TRAINING = ("activation_checkpointing", "compile_blocks")
 """Arguments of a network that change no number, and that a loaded folder has no use for."""
@@ -55,11 +55,7 @@ class Drawing:
         """
         guidance = Guidance(self.guidance_scale, self.guidance_interval)
         time_grid(self.num_steps, self.shift, guidance.nodes)  # refuses what it cannot be made of
-        if guidance.is_on and not (trained.num_classes and 0 < trained.module.label_dropout < 1):
-            raise ValueError(
-                f"--guidance_scale {self.guidance_scale} needs a network that was trained with labels and without; "
-                f"this one's label dropout was {trained.module.label_dropout}, with {trained.num_classes} classes"
-            )
+        check_guidance(self.guidance_scale, trained)
 
 
 def export_file(trained: Trained, out: str | Path) -> None:
@@ -146,8 +142,9 @@ def _fill(folder: Path, trained: Trained, drawing: Drawing) -> None:
         "null_class": not trained.num_classes or trained.module.label_dropout > 0,
         "pixels": _draws_pixels(trained),
         "num_inference_steps": drawing.num_steps,
-        "guidance_scale": drawing.guidance_scale,
-        "guidance_interval": list(drawing.guidance_interval),
+        "guidance_scale": float(drawing.guidance_scale),
+        "guidance_low": float(drawing.guidance_interval[0]),
+        "guidance_high": float(drawing.guidance_interval[1]),
     }
     _write_json(folder / "model_index.json", index)
     libraries = _needed(model, pipeline)
@@ -167,8 +164,8 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _draws_pixels(trained: Trained) -> bool:
-    """Whether what the network draws are images in [-1, 1]."""
-    usual = trained.data is None or type(trained.data).to_pixels is ImageData.to_pixels
+    """Whether what the network draws are images in [-1, 1]; not where nothing says so, as for imported weights."""
+    usual = trained.data is not None and type(trained.data).to_pixels is ImageData.to_pixels
     return usual and trained.shape[0] in (1, 3)
 
 
@@ -187,7 +184,7 @@ def _facts(trained: Trained, drawing: Drawing) -> dict[str, str]:
     return {
         "network": f"{type(trained.network).__name__}, {num_weights:,} weights",
         "image": f"{' x '.join(map(str, trained.shape))} (channels, height, width), "
-        + ("pixels in [-1, 1]" if _draws_pixels(trained) else "latents"),
+        + ("pixels in [-1, 1]" if _draws_pixels(trained) else "no pixels"),
         "data": data["class_path"].rpartition(".")[2] if data else "not known: the weights were imported",
         "classes": f"{trained.num_classes}, label dropout {trained.module.label_dropout:g}",
         "steps of training": f"{trained.step:,}" if trained.step else "not known",

@@ -46,10 +46,11 @@ class FlowMatchingPipeline(DiffusionPipeline):
         path: the network was trained on; only `LinearPath` allows stochastic_sampling.
         num_classes: labels that the network knows, 0 for none.
         null_class: whether it was trained without labels, too.
-        pixels: whether it draws pixels in [-1, 1], and not latents.
+        pixels: whether it draws pixels in [-1, 1], and not latents or what nobody told.
         num_inference_steps: unless a call says otherwise, as all that follow.
         guidance_scale: of classifier-free guidance; 1 is none.
-        guidance_interval: of t, in which there is guidance; 0 is noise, 1 is data.
+        guidance_low: t from which on there is guidance; 0 is noise, 1 is data.
+        guidance_high: t up to which there is guidance.
     """
 
     model_cpu_offload_seq: Any = "network"
@@ -66,7 +67,8 @@ class FlowMatchingPipeline(DiffusionPipeline):
         pixels: bool = True,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_low: float = 0.0,  # two numbers: diffusers 0.36 fails on a pair
+        guidance_high: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler)
@@ -77,7 +79,8 @@ class FlowMatchingPipeline(DiffusionPipeline):
             pixels=pixels,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            guidance_interval=list(guidance_interval),
+            guidance_low=guidance_low,
+            guidance_high=guidance_high,
         )
 
     @torch.no_grad()
@@ -115,7 +118,7 @@ class FlowMatchingPipeline(DiffusionPipeline):
         settings: Any = self.config
         self._check(output_type)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-        low, high = settings.guidance_interval if guidance_interval is None else guidance_interval
+        low, high = guidance_interval or (settings.guidance_low, settings.guidance_high)
         guidance = Guidance(scale, (low, high), guidance_channels)
         if guidance.is_on and not (settings.num_classes and settings.null_class):
             raise ValueError(f"guidance_scale={scale} needs a network that was trained with labels and without: take 1")
@@ -162,7 +165,7 @@ class FlowMatchingPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: there are pil, np, pt and latent")
         if output_type != "latent" and not settings.pixels:
-            raise ValueError(f"output_type={output_type!r}: the network draws no pixels, take 'latent' and decode it")
+            raise ValueError(f"output_type={output_type!r}: the network draws no pixels, take 'latent' and decode them")
         if getattr(self.scheduler.config, "stochastic_sampling", False) and settings.path != "LinearPath":
             raise ValueError(f"stochastic_sampling takes a linear path, and the network was trained on {settings.path}")
 

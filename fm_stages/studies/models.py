@@ -148,3 +148,16 @@ def label_rule(rule: str | None, trained: Trained, option: str = "--labels") -> 
     if wrong := [part for part in classes if int(part) >= num_classes]:
         raise ValueError(f"{option} {rule}: there is no class {wrong[0]}, the network knows 0 to {num_classes - 1}")
     return ",".join(str(int(part)) for part in classes)
+
+
+def check_guidance(scale: float, trained: Trained) -> None:
+    """Refuse a guidance scale for a network that lacks the velocity with labels, or the one without.
+
+    Raises:
+        ValueError: with what it was trained on.
+    """
+    if scale != 1 and not (trained.num_classes and 0 < trained.module.label_dropout < 1):
+        raise ValueError(
+            f"--guidance_scale {scale} needs a network that was trained with labels and without; this one's label "
+            f"dropout was {trained.module.label_dropout}, with {trained.num_classes} classes"
+        )

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fm_stages.flow import DIFFUSIONS, SOLVERS, EulerMaruyama, Guidance, Solver, dopri5, time_grid
 from fm_stages.oracle import StageProfile
-from fm_stages.studies.models import WEIGHTS, Trained, label_rule
+from fm_stages.studies.models import WEIGHTS, Trained, check_guidance, label_rule
 from fm_stages.studies.sample_files import FORMATS
 
 SDE = "euler_maruyama"
@@ -110,11 +110,7 @@ class Settings:
             ValueError: if the network cannot do what they ask for.
         """
         scale, interval = options.guidance_scale, tuple(options.guidance_interval or (0.0, 1.0))
-        if scale != 1 and not (trained.num_classes and 0 < trained.module.label_dropout < 1):
-            raise ValueError(
-                f"--guidance_scale {scale} needs a network that was trained with labels and without; this one's label "
-                f"dropout was {trained.module.label_dropout}, with {trained.num_classes} classes"
-            )
+        check_guidance(scale, trained)
         if options.profile:
             interval = _interval_of(options.profile, trained)
         channels = None if options.guidance_channels == "all" else int(options.guidance_channels)

@@ -52,6 +52,8 @@ def write(path: Path, name: str) -> Path:
     network = {"class_path": f"fm_stages.networks.{constructor.__name__}", "init_args": arguments}
     config = {"model": {"network": network, **model}, "data": {"class_path": "fm_stages.data.CIFAR10"}}
     config["data"]["init_args"] = {"data_dir": "/somewhere/private"}
+    if name == "latents":  # as after an import
+        del config["data"]
     state = {}
     for prefix in ("network.", "network_ema."):
         torch.manual_seed(len(state))
@@ -199,7 +201,7 @@ class TestFolder:
             ("unlabelled", 2, "there is no class 0: the network knows none, leave class_labels out"),
             ("labels_only", 0, "trained with labels only: give class_labels from 0 to 4"),
             ("labels_only", 1, "guidance_scale=2.0 needs a network that was trained with labels and without"),
-            ("latents", 1, "the network draws no pixels, take 'latent' and decode it"),
+            ("latents", 1, "the network draws no pixels, take 'latent' and decode them"),
         ],
     )
     def test_refuses(self, drawn, name, call, message):
@@ -231,6 +233,9 @@ class TestFolder:
             assert words in card
         assert "do not use the scheduler's `scale_noise`" in (exported / "vp" / "README.md").read_text()
         assert "timm" not in (exported / "unet" / "README.md").read_text()
+        imported = (exported / "latents" / "README.md").read_text()
+        assert "| data | not known: the weights were imported |" in imported
+        assert 'pipeline(class_labels=[0, 1], output_type="latent")' in imported
         for file in exported.glob("*/**/*.*"):
             if file.suffix in (".md", ".json", ".py"):
                 assert "/somewhere/private" not in file.read_text()
