@@ -1,5 +1,6 @@
 """The mathematics of flow matching, without data and without Lightning."""
 
+from fm_stages.flow.experts import Networks
 from fm_stages.flow.generators import keyed_generator, keyed_normal, keyed_uniform, stratified_uniform
 from fm_stages.flow.guidance import Guidance, guided, unguided
 from fm_stages.flow.paths import CosinePath, LinearPath, Path, VPPath, check_time, expand_time
@@ -22,6 +23,7 @@ from fm_stages.flow.solvers import (
     integrate,
     midpoint,
     solver_named,
+    stage_grid,
     time_grid,
 )
 from fm_stages.flow.tabulated import TabulatedTimesteps
@@ -58,6 +60,7 @@ __all__ = [
     "LogitNormalTimesteps",
     "MinSNRWeighting",
     "ModeTimesteps",
+    "Networks",
     "Path",
     "ResolutionShiftedTimesteps",
     "SAME_IMAGE",
@@ -91,6 +94,7 @@ __all__ = [
     "shift_for_share",
     "shift_time",
     "solver_named",
+    "stage_grid",
     "stratified_uniform",
     "time_grid",
     "unguided",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fm_stages.flow.experts import Networks, fields_of
 from fm_stages.flow.generators import keyed_normal
 from fm_stages.flow.guidance import Guidance
 from fm_stages.flow.sde import EulerMaruyama
@@ -23,7 +24,7 @@ SAME_IMAGE = 1e-5
 
 @torch.no_grad()
 def sample(
-    network: nn.Module,
+    network: Networks,
     labels: Tensor,
     shape: tuple[int, ...],
     seed: int = 0,
@@ -32,11 +33,13 @@ def sample(
     index: Tensor | None = None,
     solver: Solver | EulerMaruyama = euler,
     guidance: Guidance | None = None,
+    grid: Tensor | None = None,
 ) -> Tensor:
     """Images drawn from noise to data; by Euler steps, with ``num_steps`` network evaluations, unless told otherwise.
 
     Args:
-        network: ``network(x, t, y) -> velocity``.
+        network: ``network(x, t, y) -> velocity``; or several, each with the time from which on it draws:
+            ``[(0.0, early), (0.1, late)]``. These times become nodes of the time grid.
         labels: (B,) int64 classes, -1 = unconditional.
         shape: (C, H, W) of one image.
         seed: of the noise.
@@ -45,6 +48,7 @@ def sample(
         index: (B,) int64, the number of each image, which with the seed gives its noise; None: 0, 1, ...
         solver: of the ODE, or `EulerMaruyama` of the SDE.
         guidance: of samples with a label; None: none. The ends of its interval become nodes of the time grid.
+        grid: (num_steps + 1,), another time grid than that of ``num_steps`` and ``shift``; holds all these nodes.
 
     Returns:
         (B, C, H, W) float32, in the units of the data the network was trained on.
@@ -54,8 +58,10 @@ def sample(
     solve = solver.seeded(seed, index) if isinstance(solver, EulerMaruyama) else solver
     # drawn on the CPU, so that one seed means one picture on every machine
     x0 = keyed_normal(("sample", seed), index, shape).to(labels.device)
-    grid = time_grid(num_steps, shift, guidance.nodes)
-    return integrate(guidance.fields(network, labels), x0, grid, solve)
+    fields = fields_of(network, guidance, labels)
+    if grid is None:
+        grid = time_grid(num_steps, shift, [start for start, _ in fields])
+    return integrate(fields, x0, grid, solve)
 
 
 @contextmanager

@@ -47,14 +47,48 @@ def time_grid(num_steps: int, shift: float = 1.0, nodes: Sequence[float] = ()) -
     """
     if num_steps < 1:
         raise ValueError(f"a solver needs at least one step, got num_steps={num_steps}")
+    return _through(shift_time(torch.linspace(0, 1, num_steps + 1), shift), nodes)
+
+
+def stage_grid(num_steps: int, boundary: float, share: float, nodes: Sequence[float] = ()) -> Tensor:
+    """As `time_grid`, with a chosen share of the steps before a boundary; uniform before it, and uniform after it.
+
+    A share of one half is what arXiv 2512.02826 compares networks with (Table 1: 25 uniform steps per part).
+
+    Args:
+        num_steps: number of steps, of both stages together.
+        boundary: t in (0, 1) that parts the stages; a node.
+        share: of the steps that go to navigation, in (0, 1): the nearest number of whole ones, at least one in each
+            stage.
+        nodes: as for `time_grid`; the number of steps of each stage stays.
+
+    Returns:
+        (num_steps + 1,) float32, increasing.
+
+    Raises:
+        ValueError: if boundary or share is not inside (0, 1), a node lies outside [0, 1], or there are too few steps.
+    """
+    if not SAME_TIME < boundary < 1 - SAME_TIME or not 0 < share < 1:
+        raise ValueError(f"a share of {share} of the steps before t = {boundary}: both must lie inside (0, 1)")
+    if num_steps < 2:
+        raise ValueError(f"num_steps={num_steps} cannot be shared out to two stages: take 2 or more")
+    num_before = min(max(round(share * num_steps), 1), num_steps - 1)
+    before = _through(torch.linspace(0, boundary, num_before + 1), nodes)
+    after = _through(torch.linspace(boundary, 1, num_steps - num_before + 1), nodes)
+    return torch.cat([before, after[1:]])
+
+
+def _through(grid: Tensor, nodes: Sequence[float]) -> Tensor:
+    """A grid whose nearest inner nodes were moved to those of these times that lie within it; its ends stay."""
     if wrong := [node for node in nodes if not 0 <= node <= 1]:
         raise ValueError(f"nodes of a time grid lie in [0, 1], got {wrong[0]}")
-    grid = shift_time(torch.linspace(0, 1, num_steps + 1), shift)
-    inner = torch.tensor(sorted(node for node in nodes if SAME_TIME < node < 1 - SAME_TIME))
-    inner = inner[inner.diff(prepend=torch.tensor([0.0])) > SAME_TIME]
+    start, end, num_steps = grid[0].item(), grid[-1].item(), len(grid) - 1
+    inner = torch.tensor(sorted(node for node in nodes if start + SAME_TIME < node < end - SAME_TIME))
+    inner = inner[inner.diff(prepend=torch.tensor([start])) > SAME_TIME]
     if len(inner) >= num_steps:
         raise ValueError(
-            f"num_steps={num_steps} have no node for each of {inner.tolist()}: take {len(inner) + 1} steps"
+            f"num_steps={num_steps} from t = {start:g} to {end:g} have no node for each of {inner.tolist()}: "
+            f"take {len(inner) + 1} steps"
         )
     distance = (inner[:, None] - grid[1:-1]).double() ** 2  # squared: the best assignment then keeps the order
     grid[1 + torch.from_numpy(linear_sum_assignment(distance)[1]).sort().values] = inner

@@ -22,6 +22,7 @@ from fm_stages.flow import (
     integrate,
     midpoint,
     solver_named,
+    stage_grid,
     time_grid,
 )
 from fm_stages.oracle import DataBank, Oracle
@@ -99,6 +100,48 @@ class TestTimeGrid:
     def test_nodes_that_cannot_be(self, num_steps, nodes, complaint):
         with pytest.raises(ValueError, match=complaint):
             time_grid(num_steps, nodes=nodes)
+
+
+class TestStageGrid:
+    def test_uniform_on_either_side(self):
+        expected = [0, 0.05, 0.1, 0.15, 0.2, 0.6, 1]
+        assert stage_grid(6, 0.2, 2 / 3).tolist() == pytest.approx(expected)
+
+    @given(
+        num_steps=st.integers(2, 60),
+        boundary=st.floats(0.01, 0.99),
+        share=st.floats(0.001, 0.999),
+    )
+    def test_the_share_is_that_of_whole_steps(self, num_steps, boundary, share):
+        grid = stage_grid(num_steps, boundary, share)
+        assert grid.shape == (num_steps + 1,)
+        assert (grid.diff() > 0).all()
+        assert (grid[0], grid[-1]) == (0, 1)
+        before = int((grid < boundary - 1e-6).sum())  # steps that start before it
+        assert (grid - boundary).abs().min() < 1e-6
+        assert 1 <= before <= num_steps - 1
+        assert abs(before - share * num_steps) <= 0.5 or before in (1, num_steps - 1)
+
+    def test_nodes_leave_the_numbers_of_steps(self):
+        """0.19 is near the boundary, which does not make room for it in the other stage."""
+        grid = stage_grid(7, 0.2, 3 / 7, (0.19, 0.2, 0.25, 0.0, 1.0)).tolist()
+        assert grid == pytest.approx([0, 0.2 / 3, 0.19, 0.2, 0.25, 0.6, 0.8, 1])
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            ((1, 0.2, 0.5), "num_steps=1 cannot be shared out"),
+            ((5, 0.0, 0.5), r"before t = 0\.0: both must lie inside"),
+            ((5, 1.0, 0.5), r"before t = 1\.0"),
+            ((5, 0.2, 0.0), r"share of 0\.0"),
+            ((5, 0.2, math.nan), "share of nan"),
+            ((5, 0.2, 0.5, (1.5,)), "got 1.5"),
+            ((4, 0.2, 0.5, (0.05, 0.1)), r"num_steps=2 from t = 0 to 0\.2 have no node for each .*: take 3 steps"),
+        ],
+    )
+    def test_what_cannot_be(self, arguments, complaint):
+        with pytest.raises(ValueError, match=complaint):
+            stage_grid(*arguments)
 
 
 class TestEuler:
