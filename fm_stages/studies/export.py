@@ -86,9 +86,8 @@ def export_folder(trained: Trained, out: str | Path, drawing: Drawing | None = N
             f"into a folder of diffusers: write its weights with --out {out}.safetensors"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(
-        f".{out.name}.{os.getpid()}.part"
-    )  # a folder that was cut short is never taken for a whole one
+    # a folder that was cut short is never taken for a whole one
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         _fill(part, trained, drawing)
         os.replace(part, out)
@@ -180,7 +179,8 @@ def _facts(trained: Trained, drawing: Drawing) -> dict[str, str]:
     data = trained.config.get("data")
     num_weights = sum(weight.numel() for weight in trained.network.parameters())
     kind = f"EMA, decay {trained.module.ema_decay:g}" if trained.weights == "ema" else "raw"
-    guided = f"{drawing.guidance_scale:g} for t in {list(drawing.guidance_interval)}"
+    low, high = drawing.guidance_interval
+    scale = "1, which is none" if drawing.guidance_scale == 1 else f"{drawing.guidance_scale:g}"
     return {
         "network": f"{type(trained.network).__name__}, {num_weights:,} weights",
         "image": f"{' x '.join(map(str, trained.shape))} (channels, height, width), "
@@ -194,7 +194,7 @@ def _facts(trained: Trained, drawing: Drawing) -> dict[str, str]:
         "target": type(trained.module.target).__name__,
         "steps of the solver": f"{drawing.num_steps}, Euler",
         "shift of the time grid": f"{drawing.shift:g}",
-        "guidance": guided if drawing.guidance_scale != 1 else "none (scale 1)",
+        "guidance": f"scale {scale}; for t from {low:g} to {high:g}",
     }
 
 

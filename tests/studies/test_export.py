@@ -225,7 +225,7 @@ class TestFolder:
             "EMA, decay 0.9999",
             "| path | LinearPath |",
             "| shift of the time grid | 0.6 |",
-            "| guidance | 3 for t in [0.0, 1.0] |",
+            "| guidance | scale 3; for t from 0 to 1 |",
             "t = 0 is noise and t = 1 is data",
             "They need diffusers, scipy, timm, torch.",
             "pipeline(class_labels=[0, 1])",
