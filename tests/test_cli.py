@@ -114,7 +114,7 @@ class TestFit:
             *(f"checkpoints/{name}.ckpt" for name in ("last", "step_0000004")),
             *(f"oracle/gap_by_t{end}" for end in ("_0000002.csv", "_0000004.csv", ".png")),
             *(f"oracle_val/gap_by_t{s}_000000{step}.csv" for s in ("", "_ema") for step in (2, 4)),
-            *(f"samples/{name}_0000004.png" for name in ("raw", "ema")),
+            *(f"samples/{name}_0000004.png" for name in ("raw", "ema", "predictions")),
             *(f"version_0/{name}" for name in ("metrics.csv", "hparams.yaml")),
         }
         assert [path.name for path in trained.folder.iterdir()] == ["runs"]
@@ -292,7 +292,7 @@ class TestWandb:
         for name in ("oracle/gap_by_t", "oracle_val/gap_by_t", "oracle_val/gap_by_t_ema"):
             assert summary[name]["_type"] == "table-file"
             assert summary[name]["nrows"] == 18
-        for name in ("oracle/gap_by_t_figure", "samples/raw", "samples/ema"):
+        for name in ("oracle/gap_by_t_figure", "samples/raw", "samples/ema", "samples/predictions"):
             assert summary[name]["_type"] == "images/separated"
         table = json.loads((file.parent / "files" / summary["oracle/gap_by_t"]["path"]).read_text())
         rows = (RUN / "oracle/gap_by_t_0000004.csv").read_text().splitlines()
@@ -374,7 +374,12 @@ MISTAKES = {
     "decay above one": ("arguments", ["--model.ema_decay=1.5"], r"ema_decay must lie in \[0, 1\], got 1.5"),
     "negative warm-up": ("arguments", ["--model.warmup_steps=-1"], "warmup_steps must be 0 or more, got -1"),
     "monitor never": ("arguments", ["--monitor.every_n_steps=0"], "every_n_steps=0"),
-    "no samples": ("arguments", ["--samples.num_samples=0"], "num_samples=0"),
+    "no samples": ("arguments", ["--samples.num_samples=-1"], "num_samples=-1"),
+    "guidance without a null class": (
+        "arguments",
+        ["--samples.guidance_scale=3", "--model.label_dropout=0"],
+        "guidance_scale=3 needs .* set the module's label_dropout to 0.1, or guidance_scale to 1",
+    ),
     # the data
     "missing data": ("arguments", OTHER_DATA, "no readable FashionMNIST files in .*nowhere .*FM_STAGES_DATA"),
     "no batch": ("arguments", ["--data.init_args.batch_size=0"], "batch_size=0"),

@@ -1,5 +1,6 @@
 """Training data: each data module says once, in `bank()`, what its training set is."""
 
+from fm_stages.data.as_pictures import Pictures, pictures_of
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 from fm_stages.data.module import ImageData
@@ -14,7 +15,9 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "LabelledImages",
+    "Pictures",
     "Rows",
+    "pictures_of",
     "read_rows",
     "some_rows",
     "to_model_range",

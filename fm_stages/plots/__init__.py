@@ -5,7 +5,7 @@ from fm_stages.plots.density import timestep_density
 from fm_stages.plots.gradients import gradient_variance
 from fm_stages.plots.handover import handover
 from fm_stages.plots.losses import gap_by_t
-from fm_stages.plots.pictures import oracle_paths, posterior_strips
+from fm_stages.plots.pictures import oracle_paths, posterior_strips, prediction_strips
 from fm_stages.plots.stages import boundary_trends, compare_stages, stage_curves
 from fm_stages.plots.style import save, shade_stages
 
@@ -19,6 +19,7 @@ __all__ = [
     "oracle_paths",
     "paired_differences",
     "posterior_strips",
+    "prediction_strips",
     "progress_of_arms",
     "save",
     "shade_stages",

@@ -1,11 +1,11 @@
-"""What the oracle sees, in pictures: the posterior of noisy images over t, and where its ODE leads.
+"""What oracle and networks see, in pictures: the posterior and predictions over t, and where the oracle's ODE leads.
 
 Shapes: K draws, T times; a picture is (H, W) grey or (H, W, 3) red, green, blue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -125,6 +125,61 @@ def oracle_paths(
             axes.text(beside - STEP, y + 0.5, "=", ha="center", va="center", fontsize=14)
         _picture(axes, nearest[draw], beside, y, value_range)
         axes.text(beside + 0.5, y + 1.04, f"distance {written}", ha="center", va="top", fontsize=8.5)
+    return axes.get_figure(root=True)  # type: ignore[return-value]
+
+
+def prediction_strips(
+    x_t: np.ndarray,
+    mean: np.ndarray,
+    predicted: Mapping[str, np.ndarray],
+    distance: Mapping[str, np.ndarray],
+    x1: np.ndarray,
+    labels: Sequence[str],
+    t: Sequence[float],
+    title: str = "",
+    boundary: float | None = None,
+    value_range: tuple[float, float] = (-1, 1),
+) -> Figure:
+    """For each draw the noisy image by t, and below it what the oracle and networks take it for in one step.
+
+    Args:
+        x_t: (K, T, H, W[, 3]) noisy images, a column for each time.
+        mean: (K, T, H, W[, 3]) posterior means: the oracle's predictions of the data.
+        predicted: (K, T, H, W[, 3]) predictions of each network, by its name.
+        distance: (K, T) of these to the oracle's, by the same names, written under the pictures.
+        x1: (K, H, W[, 3]) the training images that the noise was added to.
+        labels: (K,) written under these.
+        t: (T,) times, increasing.
+        title: of the figure.
+        boundary: between the stages; None: they are not shown.
+        value_range: what is drawn black and white (of colours: none and full).
+
+    Returns:
+        The figure; `save` writes it.
+    """
+    columns = _columns(t, boundary)
+    beside = columns[-1] + 1 + STEP
+    block = 2 + (1 + STEP) * len(predicted)
+    axes = _canvas(beside + 1.15, len(x_t) * (block + BLOCK) - BLOCK, title)
+    _header(axes, columns, t, boundary)
+    axes.text(beside + 0.5, -0.08, "training\nimage  $x_1$", ha="center", va="bottom", fontsize=8.5)
+    for draw in range(len(x_t)):
+        y = draw * (block + BLOCK)
+        _name(axes, "noisy image  $x_t$", y + 0.5)
+        _name(axes, "oracle:\nposterior mean  $m(x_t)$", y + 1.5)
+        _picture(axes, x1[draw], beside, y, value_range)
+        axes.text(beside + 0.5, y + 1.04, labels[draw], ha="center", va="top", fontsize=8.5)
+        for column, x in enumerate(columns):
+            _picture(axes, x_t[draw, column], x, y, value_range)
+            _picture(axes, mean[draw, column], x, y + 1, value_range)
+        for row, name in enumerate(predicted):
+            height = y + 2 + (1 + STEP) * row
+            _name(axes, f"{name} weights:\none-step prediction", height + 0.5)
+            _name(axes, "distance to the oracle's", height + UNDER, color="0.45")
+            for column, x in enumerate(columns):
+                _picture(axes, predicted[name][draw, column], x, height, value_range)
+                far = f"{distance[name][draw, column]:.2f}"
+                axes.text(x + 0.5, height + UNDER, far, ha="center", va="center", fontsize=8, color="0.3")
     return axes.get_figure(root=True)  # type: ignore[return-value]
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fm_stages import plots
-from fm_stages.data import ImageData
+from fm_stages.data import ImageData, pictures_of
 from fm_stages.flow import keyed_normal, keyed_uniform, stratified_uniform
 from fm_stages.oracle import (
     Curves,
@@ -35,6 +35,8 @@ from fm_stages.training import (
     FlowMatching,
     HeldOut,
     network_weights,
+    predict_data,
+    prediction_figure,
     read_checkpoint,
     report,
 )
@@ -176,16 +178,19 @@ def diagnose_command(arguments: list[str] | None = None) -> None:
 
     checkpoint, module, data = load_run(options.ckpt, options.data)
     out = Path(options.out or Path(options.ckpt).absolute().parent.parent / "diagnose")
+    profile = None
     for weights, ema in (("raw", False), ("EMA", True)):
         state = network_weights(checkpoint, ema)
         if state is None:
             continue
         module.network.load_state_dict(state)
         module.to("cuda" if torch.cuda.is_available() else "cpu")
-        train, held_out, profile = diagnose(module, module.network, data, options.num_samples, options.seed)
+        train, held_out, profile = diagnose(module, module.network, data, options.num_samples, options.seed, profile)
         print(f"\n{weights} weights of {options.ckpt}, step {checkpoint.get('global_step')}\n")
         print(report(train, {"": held_out}, profile.boundary, weights))
-        _write(out / weights.lower(), train, held_out, profile, f"{weights} weights, step {checkpoint['global_step']}")
+        folder, step = out / weights.lower(), f"step {checkpoint['global_step']}"
+        _write(folder, train, held_out, profile, f"{weights} weights, {step}")
+        _draw_predictions(module, data, profile, folder, weights, step, options.seed)
     print(f"\nTables and figures: {out}")
 
 
@@ -198,3 +203,16 @@ def _write(folder: Path, train: Curves, held_out: Curves, profile: StageProfile,
     )
     figure = plots.gap_by_t(train.edges, train.mean, train.sem, profile.boundary, held_out.mean, title)
     plots.save(figure, folder / "gap_by_t.png")
+
+
+def _draw_predictions(
+    module: FlowMatching, data: ImageData, profile: StageProfile, folder: Path, weights: str, step: str, seed: int
+) -> None:
+    """``predictions.png``: what the module's network takes noisy training images for, beside the oracle."""
+    oracle = oracle_of(data.bank(), module.path)
+    shown = pictures_of(oracle.bank)
+    if shown is None:
+        return
+    to_picture, note = shown
+    found = predict_data({weights: module.network}, oracle, profile, seed=seed)
+    plots.save(prediction_figure(found, to_picture, step, note), folder / "predictions.png")

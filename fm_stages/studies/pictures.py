@@ -6,7 +6,7 @@ Shapes: K draws, T times.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,21 +15,13 @@ import torch
 from torch import Tensor
 
 from fm_stages import plots
+from fm_stages.data import Pictures, pictures_of
 from fm_stages.flow import euler, keyed_generator, keyed_normal, time_grid
 from fm_stages.oracle import DataBank, Oracle, largest_weights, nearest_rows
+from fm_stages.training import times_around
 
 NUM_TOP = 3
 """Training images shown for each noisy one."""
-
-EARLY, LATE = (0, 0.4, 0.6, 0.8), (0, 0.1, 0.25, 0.5, 0.75, 1)
-"""Times shown, as shares of the way to the boundary, and of the way from it to 1: close together where the stages
-change."""
-
-SPREAD = 2.5
-"""Standard deviations of a latent channel on either side of its mean that are drawn from black to white."""
-
-NUM_SAMPLED = 1024
-"""Rows from which these are estimated."""
 
 
 def draw_pictures(
@@ -61,7 +53,7 @@ def draw_pictures(
         ValueError: if there is not one label per draw, times do not increase in [0, 1], or the bank is sharded.
     """
     bank = oracle.bank
-    shown = _pictures_of(bank)
+    shown = pictures_of(bank)
     if shown is None:
         warnings.warn(f"No pictures: rows of shape {bank.shape} are none, (C, H, W) or (H, W) are.", stacklevel=2)
         return []
@@ -69,7 +61,7 @@ def draw_pictures(
     labels = torch.full((num_draws,), -1) if labels is None else labels.cpu()
     if labels.shape != (num_draws,):
         raise ValueError(f"need one label for each of {num_draws} draws, got labels of shape {tuple(labels.shape)}")
-    times = _times_around(profile_boundary) if times is None else list(times)
+    times = times_around(profile_boundary) if times is None else list(times)
     if not times or times[0] < 0 or times[-1] > 1 or any(a >= b for a, b in pairwise(times)):
         raise ValueError(f"times increase within [0, 1], got {times}")
 
@@ -91,12 +83,6 @@ def draw_pictures(
     return [plots.save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
-def _times_around(boundary: float) -> list[float]:
-    """Times from 0 to 1, close together around the boundary."""
-    times = [share * boundary for share in EARLY] + [boundary + share * (1 - boundary) for share in LATE]
-    return sorted(set(times))
-
-
 def _random_rows(bank: DataBank, labels: Tensor, seed: int) -> Tensor:
     """Index (K,) of a training row for each draw, of its label."""
     generator = keyed_generator("pictures rows", seed)
@@ -107,10 +93,6 @@ def _random_rows(bank: DataBank, labels: Tensor, seed: int) -> Tensor:
         own = torch.arange(bank.num_rows) if label == -1 else (all_labels == label).nonzero()[:, 0]
         chosen.append(own[torch.randint(len(own), (), generator=generator)])
     return torch.stack(chosen)
-
-
-Pictures = Callable[[Tensor], np.ndarray]
-"""Makes of rows (..., *shape of a row) pictures (..., H, W[, 3]) with values in [-1, 1]."""
 
 
 def _posteriors(
@@ -161,32 +143,3 @@ def integrate(oracle: Oracle, x0: Tensor, times: Sequence[float], labels: Tensor
             x = euler(lambda x_t, t: oracle.velocity(x_t, t, labels), x, grid)
         states.append(x)
     return states
-
-
-def _pictures_of(bank: DataBank) -> tuple[Pictures, str] | None:
-    """How rows are shown, and what is to be said about it; None for rows that are no pictures."""
-    if len(bank.shape) == 2:
-        return _to_numpy, ""
-    if len(bank.shape) != 3:
-        return None
-    channels = bank.shape[0]
-    if channels == 1:
-        return lambda x: _to_numpy(x[..., 0, :, :]), ""
-    if channels == 3:
-        return lambda x: _to_numpy(x.movedim(-3, -1)), ""
-    generator = keyed_generator("pictures scale")
-    index = torch.randint(bank.num_rows, (NUM_SAMPLED,), generator=generator)
-    used = 3 if channels > 3 else 1
-    std, centre = torch.std_mean(bank.rows(index)[:, :used], (0, 2, 3))
-    std = std.clamp(min=1e-6)  # a channel that is the same everywhere is grey, not 0 / 0
-
-    def to_picture(x: Tensor) -> np.ndarray:
-        channels_last = (x.movedim(-3, -1)[..., :used] - centre) / (SPREAD * std)
-        return _to_numpy(channels_last if used == 3 else channels_last[..., 0])
-
-    which = "first three" if used == 3 else "first"
-    return to_picture, f"; {which} of {channels} channels, mean ± {SPREAD} standard deviations"
-
-
-def _to_numpy(x: Tensor) -> np.ndarray:
-    return x.float().cpu().numpy()

@@ -8,6 +8,7 @@ from fm_stages.training.loggers import choose_wandb_mode
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
+from fm_stages.training.predictions import Predictions, predict_data, prediction_figure, times_around
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid, save_grid
 from fm_stages.training.stages import expected_floors
@@ -38,6 +39,7 @@ __all__ = [
     "OracleMonitor",
     "OracleTarget",
     "Policy",
+    "Predictions",
     "SampleGrid",
     "SharedBatchTarget",
     "ShiftToBoundary",
@@ -53,7 +55,10 @@ __all__ = [
     "expected_floors",
     "init_from",
     "network_weights",
+    "predict_data",
+    "prediction_figure",
     "read_checkpoint",
     "report",
     "save_grid",
+    "times_around",
 ]

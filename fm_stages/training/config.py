@@ -238,3 +238,6 @@ class TrainingCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         self.model.check_data(self.datamodule)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SampleGrid) and self.subcommand == "fit":
+                callback.check(self.model, self.datamodule)

@@ -1,7 +1,9 @@
-"""A grid of generated images during training, from the same noise each time, of raw and EMA weights."""
+"""Pictures during training, of raw and EMA weights: images drawn from the same noise, and the prediction strip."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,37 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from fm_stages import plots
+from fm_stages.data import pictures_of
 from fm_stages.flow import Guidance, sample, solver_named, time_grid
 from fm_stages.training.loggers import is_trial, log_image, run_folder
+from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.predictions import predict_data, prediction_figure
 
 SMALLEST_SIDE = 32
 """Images of fewer pixels are enlarged."""
 
 
 class SampleGrid(L.Callback):
-    """Draws images at intervals and at the end; writes ``<run>/samples/<weights>_<step>.png``, guided ones beside it.
+    """Draws at intervals and at the end, always from the same noise, and logs to wandb what it writes.
+
+    Writes grids of images, ``<run>/samples/<weights>_<step>.png``, guided ones beside them, and, where the Trainer has
+    an `OracleMonitor`, the prediction strip ``<run>/samples/predictions_<step>.png``: what the networks take noisy
+    training images for in one step, beside the oracle. Rows that are no pictures have no strip.
 
     Args:
-        every_n_steps: optimizer steps between grids; 0 = only at the end.
-        num_samples: images in a grid; classes take turns.
+        every_n_steps: optimizer steps between drawings; 0 = only at the end.
+        num_samples: images in a grid, 0 = none; classes take turns.
         num_steps: solver steps.
         seed: of the noise.
         shift: of the solver's time grid; > 1 puts more steps near noise.
         solver: euler, heun, midpoint or dopri5 (which chooses its own steps).
-        guidance_scale: other than 1 draws a second grid, ``<weights>_guided_<step>.png``, where there are labels.
+        guidance_scale: other than 1 draws a second grid, ``<weights>_guided_<step>.png``.
         guidance_interval: of t, in which there is guidance.
+        num_predictions: noisy training images in the strip, 0 = none.
+
+    Raises:
+        ValueError: if an argument lies outside its range.
     """
 
     def __init__(
@@ -41,11 +55,12 @@ class SampleGrid(L.Callback):
         solver: str = "euler",
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_predictions: int = 4,
     ) -> None:
-        if every_n_steps < 0 or num_samples < 1 or num_steps < 1:
+        if min(every_n_steps, num_samples, num_predictions) < 0 or num_steps < 1:
             raise ValueError(
-                f"every_n_steps={every_n_steps} must be 0 or more, num_samples={num_samples} and "
-                f"num_steps={num_steps} 1 or more"
+                f"every_n_steps={every_n_steps}, num_samples={num_samples} and num_predictions={num_predictions} must "
+                f"be 0 or more, num_steps={num_steps} 1 or more"
             )
         self.solver = solver_named(solver)
         self.guidance = Guidance(guidance_scale, guidance_interval)
@@ -55,13 +70,40 @@ class SampleGrid(L.Callback):
         self.num_steps = num_steps
         self.seed = seed
         self.shift = shift
+        self.num_predictions = num_predictions
         self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make sure that the shape of an image is known, before training rather than after it."""
-        data = getattr(trainer, "datamodule", None)
-        if stage == "fit" and not (hasattr(data, "shape") and hasattr(data, "num_classes")):
+        """Refuse what could not be drawn, before training rather than after it."""
+        if stage == "fit":
+            self.check(pl_module, getattr(trainer, "datamodule", None))
+
+    def check(self, pl_module: L.LightningModule, datamodule: Any) -> None:
+        """Refuse a run that cannot be drawn as asked for.
+
+        Raises:
+            ValueError: if module or data do not say what to draw, or guidance has no null class to move away from.
+        """
+        if not isinstance(getattr(pl_module, "network", None), nn.Module):
+            raise ValueError(
+                f"SampleGrid draws with the module's `network`, and {type(pl_module).__name__} has none: name it so"
+            )
+        if self.num_samples == 0:
+            return
+        if not (hasattr(datamodule, "shape") and hasattr(datamodule, "num_classes")):
             raise ValueError("SampleGrid needs a datamodule with `shape` (C, H, W) and `num_classes`")
+        if not self.guidance.is_on:
+            return
+        asked = f"guidance_scale={self.guidance.scale:g} needs a network trained with and without labels, and "
+        dropout = getattr(pl_module, "label_dropout", None)
+        if datamodule.num_classes == 0:
+            raise ValueError(f"{asked}the data has none: set guidance_scale to 1")
+        if dropout in (0, 1):
+            missing = "the null class is never trained" if dropout == 0 else "no label is ever seen"
+            raise ValueError(
+                f"{asked}with label_dropout={dropout:g} {missing}: set the module's label_dropout to 0.1, or "
+                "guidance_scale to 1"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from where the run starts."""
@@ -75,14 +117,24 @@ class SampleGrid(L.Callback):
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the last grid."""
+        """Draw for the last time."""
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # every rank draws the same grid: under sharding a network's forward is a collective
+        # every rank draws the same: a sharded network's forward is a collective, and so is a question to a sharded bank
         if trainer.global_step == self._last_step or is_trial(trainer):
             return
         self._last_step = trainer.global_step
+        both = {"raw": pl_module.network, "EMA": getattr(pl_module, "network_ema", None)}
+        networks = {name: network for name, network in both.items() if isinstance(network, nn.Module)}
+        with evaluating(*networks.values()), trainer.precision_plugin.forward_context():
+            if self.num_samples:
+                self._draw_grids(trainer, pl_module, networks)
+            if self.num_predictions:
+                self._draw_predictions(trainer, networks)
+
+    def _draw_grids(self, trainer: L.Trainer, pl_module: L.LightningModule, networks: dict[str, nn.Module]) -> None:
+        """Grids from noise, a class in each column."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         classes = max(data.num_classes, 1)
         columns = min(classes, 10)
@@ -90,25 +142,49 @@ class SampleGrid(L.Callback):
         labels = torch.arange(num, device=pl_module.device) % classes
         if data.num_classes == 0 or getattr(pl_module, "label_dropout", 0) == 1:
             labels = torch.full_like(labels, -1)  # classes whose embedding was never trained would be noise
-        guidance = {"": Guidance()}
-        if self.guidance.is_on and bool((labels != -1).any()):
-            guidance["_guided"] = self.guidance
-        for weights, network in (("raw", pl_module.network), ("ema", pl_module.network_ema)):
-            if not isinstance(network, nn.Module):
-                continue
-            training = network.training
-            network.eval()
+        guidance = {"": Guidance(), **({"_guided": self.guidance} if self.guidance.is_on else {})}
+        for weights, network in networks.items():
             for suffix, moved in guidance.items():
-                with trainer.precision_plugin.forward_context():
-                    images = sample(
-                        network, labels, data.shape, self.seed, self.num_steps, self.shift, None, self.solver, moved
-                    )
+                images = sample(
+                    network, labels, data.shape, self.seed, self.num_steps, self.shift, None, self.solver, moved
+                )
                 if trainer.is_global_zero:
-                    name = f"{weights}{suffix}"
-                    path = run_folder(trainer) / "samples" / f"{name}_{trainer.global_step:07d}.png"
+                    name = f"{weights.lower()}{suffix}"
+                    path = _file(trainer, name)
                     save_grid(images, path, columns)
                     log_image(trainer, f"samples/{name}", path)
-            network.train(training)
+
+    def _draw_predictions(self, trainer: L.Trainer, networks: dict[str, nn.Module]) -> None:
+        """The prediction strip, once the monitor has measured where the stages lie."""
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, OracleMonitor)]  # type: ignore[attr-defined]
+        if not monitors or monitors[0].profile is None:
+            return
+        oracle, profile = monitors[0].oracle, monitors[0].profile
+        shown = pictures_of(oracle.bank)
+        if shown is None:
+            return
+        found = predict_data(networks, oracle, profile, self.num_predictions, self.seed)
+        if trainer.is_global_zero:
+            to_picture, note = shown
+            figure = prediction_figure(found, to_picture, f"step {trainer.global_step}", note)
+            log_image(trainer, "samples/predictions", plots.save(figure, _file(trainer, "predictions")))
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Networks in evaluation mode; afterwards each of their parts is in the mode that it was in."""
+    training = {part: part.training for network in networks for part in network.modules()}
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+
+
+def _file(trainer: L.Trainer, name: str) -> Path:
+    return run_folder(trainer) / "samples" / f"{name}_{trainer.global_step:07d}.png"
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -133,6 +133,43 @@ class TestOraclePaths:
         assert [word for word in words(figure) if word == "="] == ["="]
 
 
+class TestPredictionStrips:
+    def arguments(self, pictures) -> dict:
+        names = ("raw", "EMA")
+        return {
+            "x_t": pictures(DRAWS, TIMES),
+            "mean": pictures(DRAWS, TIMES),
+            "predicted": {name: pictures(DRAWS, TIMES) for name in names},
+            "distance": {"raw": np.full((DRAWS, TIMES), 0.126), "EMA": np.arange(DRAWS * TIMES).reshape(DRAWS, -1)},
+            "x1": pictures(DRAWS),
+            "labels": ["class 3", "no label"],
+        }
+
+    def test_every_picture_has_its_place(self, pictures):
+        given = self.arguments(pictures)
+        figure = plots.prediction_strips(**given, t=T, title="title", boundary=BOUNDARY)
+        found = shown(figure)
+        assert len(found) == DRAWS * (4 * TIMES + 1)
+        strips = [given["x_t"], given["mean"], given["predicted"]["raw"], given["predicted"]["EMA"]]
+        for draw in range(DRAWS):
+            for row, strip in enumerate(strips):
+                for column in range(TIMES):
+                    np.testing.assert_allclose(found[4 * draw + row, column], as_drawn(strip[draw, column]))
+            np.testing.assert_allclose(found[4 * draw, TIMES], as_drawn(given["x1"][draw]))
+        assert_inside(figure)
+
+    def test_names_labels_and_distances_are_written(self, pictures):
+        figure = plots.prediction_strips(**self.arguments(pictures), t=T, boundary=BOUNDARY)
+        found = words(figure)
+        assert found.count("0.13") == DRAWS * TIMES
+        assert [word for word in found if word.endswith(".00") and word not in ("0.00", "1.00")] == [
+            f"{i}.00" for i in range(2, DRAWS * TIMES)
+        ]
+        assert [word for word in found if word in ("class 3", "no label")] == ["class 3", "no label"]
+        assert sum(word.startswith("EMA weights") for word in found) == DRAWS
+        assert "boundary: t = 0.30" in found
+
+
 def assert_inside(figure: Figure) -> None:
     """All that is written lies within the figure, and no two words lie on each other."""
     renderer = FigureCanvasAgg(figure).get_renderer()
