@@ -7,6 +7,7 @@ Shapes: B batch, N tokens, D hidden size.
 
 from functools import partial
 
+import torch
 from timm.layers.activations import GELUTanh
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.mlp import Mlp
@@ -67,8 +68,9 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(condition)[:, None]  # (B, 1, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, 1, D) each
         place = () if rotation is None else (rotation,)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, *place)  # (B, N, D)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)  # (B, N, D)
+        # addcmul: a gate or a scale and its sum in one pass over memory, which a CPU feels
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), *place))  # (B, N, D)
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))  # (B, N, D)
 
 
 class FinalLayer(nn.Module):
