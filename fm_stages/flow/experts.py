@@ -15,7 +15,7 @@ from fm_stages.flow.guidance import Guidance
 from fm_stages.flow.solvers import Velocity
 
 Networks = nn.Module | Sequence[tuple[float, nn.Module]]
-"""A network ``network(x, t, y) -> velocity``; or several, each with the time from which on it draws, the first from 0."""
+"""``network(x, t, y) -> velocity``; or several, each with the time from which on it draws, the first from 0."""
 
 
 def experts_of(networks: Networks) -> list[tuple[float, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from fm_stages.networks.dit import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
 from fm_stages.networks.embeddings import time_frequencies
+from fm_stages.networks.flops import forward_flops
 from fm_stages.networks.unet import UNet
 
-__all__ = ["DiT", "DiT_B", "DiT_L", "DiT_S", "DiT_XL", "UNet", "time_frequencies"]
+__all__ = ["DiT", "DiT_B", "DiT_L", "DiT_S", "DiT_XL", "UNet", "forward_flops", "time_frequencies"]

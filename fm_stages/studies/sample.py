@@ -1,5 +1,7 @@
 """``fm-stages sample``: draw images from a checkpoint to files; the same command goes on where it was stopped.
 
+With ``--expert EARLY --expert LATE --split T`` one network draws from noise to t = T, and another one from there on.
+
 Image i of a seed is the same on any number of ranks and with any batch size, to 1e-5 of a value in float32, before
 rounding to pixels; with dopri5 to about its tolerance, unless --batch_size is 1. Several ranks are started with
 ``torchrun --nproc_per_node 8 -m fm_stages -- sample ...``; without the ``--`` torchrun takes ``--num`` for its own.
@@ -20,11 +22,13 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from fm_stages.flow import SAME_IMAGE, count_evaluations, sample
+from fm_stages.flow import SAME_IMAGE, sample
 from fm_stages.oracle import together
-from fm_stages.studies.models import labels_of, load_trained
+from fm_stages.studies.experts import check_stages, load_networks
+from fm_stages.studies.models import labels_of
+from fm_stages.studies.sample_costs import COUNTED, Meter, costs_per_image, describe_costs
 from fm_stages.studies.sample_files import FORMATS, PART, ImageFiles, whole_file
-from fm_stages.studies.sample_options import Settings, parse
+from fm_stages.studies.sample_options import Settings, one_or_all, parse
 from fm_stages.training import save_grid
 
 RECORD = "sampling.json"
@@ -60,18 +64,23 @@ class _Job:
         self.group = dist.group.WORLD if num_ranks > 1 else None
         with together(self.group):
             self.device = _device(options.device)
-            self.trained = load_trained(options.ckpt, options.weights)
-            self.settings = Settings.of(options, self.trained)
+            self.checkpoints = options.expert or [options.ckpt]
+            trained = load_networks(self.checkpoints, options.weights)
+            self.settings = Settings.of(options, trained)
+            notes = check_stages(self.checkpoints, trained, self.settings.split)
             # what a network draws, where nothing says how it becomes pixels: latents of an imported one
-            self.to_pixels = self.trained.data.to_pixels if self.trained.data else None
+            self.to_pixels = next((one.data.to_pixels for one in trained if one.data), None)
             if self.to_pixels is None and options.format != "safetensors":
                 raise ValueError(
-                    f"--format {options.format}: {options.ckpt} names no data, so nothing says how its values become "
-                    "pixels; --format safetensors writes them as they are, in float32"
+                    f"--format {options.format}: {self.checkpoints[0]} names no data, so nothing says how its values "
+                    "become pixels; --format safetensors writes them as they are, in float32"
                 )
-            self.files: ImageFiles = FORMATS[options.format](self.out, options.num, self.trained.shape)
+            self.shape, self.num_classes = trained[0].shape, trained[0].num_classes
+            self.files: ImageFiles = FORMATS[options.format](self.out, options.num, self.shape)
             self.record = self._open() if rank == 0 else {}
-        self.trained.network.to(self.device)
+        self.networks = [one.network.to(self.device) for one in trained]
+        for note in notes if rank == 0 else ():
+            print(f"fm-stages: note: {note}", file=sys.stderr)
 
     def run(self) -> None:
         """Draw this rank's part; rank 0 then completes the folder."""
@@ -86,7 +95,8 @@ class _Job:
     def _open(self) -> dict[str, Any]:
         """Make the folder, or take it up again; what ``sampling.json`` says."""
         file, new = self.out / RECORD, self.settings.plain
-        record: dict[str, Any] = {"checkpoint": self.options.ckpt, "settings": new, "finished": False, "calls": []}
+        record: dict[str, Any] = {"checkpoint": one_or_all(self.checkpoints), "settings": new}
+        record |= {"finished": False, "flops": COUNTED, "calls": []}
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
         there = [name for name in there if not name.endswith(PART)]
         if there and not file.exists():
@@ -113,50 +123,50 @@ class _Job:
         with whole_file(self.out / RECORD) as part:
             part.write_text(json.dumps(record, indent=1) + "\n")
 
-    def _draw(self) -> dict[str, float]:
-        """Draw what is missing of this rank's part; images, seconds and evaluations times images."""
-        trained, plain = self.trained, self.settings.plain
-        missing, evaluations = self.files.missing(self.rank, self.num_ranks), 0
+    def _draw(self) -> dict[str, Any]:
+        """Draw what is missing of this rank's part; what that took."""
+        plain, settings, meter = self.settings.plain, self.settings, Meter(self.networks)
+        starts = [0.0, settings.split or 0.0]  # of which one network takes the first
+        experts = list(zip(starts, self.networks, strict=False))
+        missing = self.files.missing(self.rank, self.num_ranks)
         name = "Sampling" if self.num_ranks == 1 else f"Sampling (rank 0 of {self.num_ranks})"
         start = time.perf_counter()
         with (
-            count_evaluations(trained.network) as sizes,
             torch.autocast(self.device.type, torch.bfloat16, enabled=plain["precision"] == "bf16"),
             tqdm(total=len(missing), desc=name, unit="image", disable=self.rank > 0 or not len(missing)) as bar,
         ):
             try:
                 for index in missing.split(self.options.batch_size) if len(missing) else ():
-                    labels, before = labels_of(index, plain["labels"], trained.num_classes, plain["seed"]), len(sizes)
-                    images = sample(
-                        trained.network, labels.to(self.device), trained.shape, plain["seed"],
-                        plain["num_steps"] or 50, plain["shift"] or 1.0,
-                        index, self.settings.solver, self.settings.guidance,
-                    )  # fmt: skip
-                    evaluations += (len(sizes) - before) * len(index)
+                    labels = labels_of(index, plain["labels"], self.num_classes, plain["seed"])
+                    with meter.counting(len(index)):
+                        images = sample(
+                            experts, labels.to(self.device), self.shape, plain["seed"], index=index,
+                            solver=settings.solver, guidance=settings.guidance, grid=settings.grid,
+                        )  # fmt: skip
                     self.files.add(index, (self.to_pixels(images) if self.to_pixels else images).cpu(), labels)
                     bar.update(len(index))
             finally:
                 self.files.flush()
-        return {"images": len(missing), "seconds": time.perf_counter() - start, "evaluations": evaluations}
+        seconds = time.perf_counter() - start
+        return {"images": len(missing), "seconds": seconds, "evaluations": meter.evaluations, "rows": meter.rows}
 
-    def _complete(self, parts: list[dict[str, float]]) -> None:
+    def _complete(self, parts: list[dict[str, Any]]) -> None:
         """The grid, the last files, and what is to be said."""
         images, seconds = sum(part["images"] for part in parts), max(part["seconds"] for part in parts)
         if images:
+            costs = costs_per_image(self.networks, self.shape, parts)
             call = {
                 "images": images,
                 "seconds": round(seconds, 3),
                 "images_per_sec": images / seconds,
-                "evaluations_per_image": sum(part["evaluations"] for part in parts) / images,
+                **costs,
                 "ranks": self.num_ranks,
                 "batch_size": self.options.batch_size,
                 "device": _name_of(self.device),
             }
             self.record["calls"].append(call)
-            print(
-                f"{images} images: {call['images_per_sec']:.3g} images/s, "
-                f"{call['evaluations_per_image']:.5g} network evaluations each"
-            )
+            described = describe_costs(costs, self.settings.split)
+            print(f"{images} images: {call['images_per_sec']:.3g} images/s, {described}")
         if self.to_pixels and not (self.out / "grid.png").exists():
             first = self.files.first(min(IN_GRID, self.options.num))
             with whole_file(self.out / "grid.png") as part:

@@ -328,7 +328,7 @@ class TestMistakes:
             (["--diffusion", "sigma"], "only --solver euler_maruyama has one"),
             (["--solver", "euler_maruyama", "--diffusion", "sgima"], "there is no diffusion 'sgima'"),
             (["--guidance_interval", 0.1, 0.5], "--guidance_interval is for guidance"),
-            (["--profile", "x.json"], "--profile is for guidance"),
+            (["--profile", "x.json"], "and here neither is asked of it: leave it out"),
             (["--guidance_scale", 2, "--guidance_interval", 0.5, 0.1], "two increasing times in [0, 1], got 0.5 0.1"),
             (["--guidance_scale", -2], "got -2.0"),
             (["--guidance_scale", 2, "--profile", "x.json"], "No such file"),
