@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.predictions import predict_data, prediction_figure
 
 SMALLEST_SIDE = 32
-"""Images of fewer pixels are enlarged."""
+"""Images of fewer pixels across are enlarged to this many or more."""
 
 
 class SampleGrid(L.Callback):
@@ -197,6 +198,6 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     images = images if images.shape[1] == 3 else images[:, :1]
-    zoom = max(1, SMALLEST_SIDE // images.shape[-1])
+    zoom = math.ceil(SMALLEST_SIDE / images.shape[-1])
     images = images.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1), format="png")

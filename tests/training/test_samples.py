@@ -11,7 +11,7 @@ from PIL import Image
 
 from fm_stages import plots
 from fm_stages.flow import Guidance, count_evaluations, midpoint, sample
-from fm_stages.training import OracleMonitor, SampleGrid
+from fm_stages.training import OracleMonitor, SampleGrid, save_grid
 from fm_stages.training.samples import evaluating
 
 
@@ -36,6 +36,11 @@ class TestGrid:
                     ((image[0].double().clamp(-1, 1) + 1) * 127.5).repeat_interleave(8, 0).repeat_interleave(8, 1)
                 )
                 assert (shown - expected).abs().max() <= 1
+
+    @pytest.mark.parametrize(("side", "enlarged"), [(8, 32), (14, 42), (28, 56), (32, 32), (33, 33)])
+    def test_small_images_are_enlarged(self, side, enlarged, tmp_path):
+        save_grid(torch.zeros(6, 3, side, side), tmp_path / "new/grid.png", columns=3)
+        assert Image.open(tmp_path / "new/grid.png").size == (3 * (enlarged + 2) + 2, 2 * (enlarged + 2) + 2)
 
     def test_guided_grids_lie_beside_the_others(self, make_module, make_data, make_trainer):
         module = make_module(ema_decay=0.9)
