@@ -158,7 +158,7 @@ def _recommendations(recommendations: Sequence[Recommendation]) -> str:
         if one.yaml:
             lines.append(textwrap.indent(one.yaml, " " * 6))
         else:
-            lines.append(_wrapped("(for the sampler: nothing to paste, fm-stages' own sampler does not guide yet)", 4))
+            lines.append(_wrapped("(for drawing: fm-stages sample --guidance_scale SCALE --profile profile.json)", 4))
     return "\n".join(lines)
 
 
