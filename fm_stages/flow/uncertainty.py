@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fm_stages.flow.generators import keyed_generator
 from fm_stages.flow.paths import Path
 from fm_stages.flow.timesteps import TimestepSampler
-from fm_stages.flow.weighting import Weighting
+from fm_stages.flow.weighting import Weighting, even_times, over_density
 
 NUM_FEATURES = 128
 NUM_TIMES = 1024
@@ -53,9 +53,11 @@ class LearnedWeighting(Weighting, nn.Module):
     @torch.no_grad()
     def __call__(self, t: Tensor) -> Tensor:
         """See `Weighting`."""
-        draws = self.quantiles if self._importance else self._timesteps.icdf(self.quantiles)
-        weight = self.relative(t, self._path) / self.relative(draws, self._path).mean()
-        return weight / self._timesteps.log_prob(t).exp() if self._importance else weight
+        if not self._importance:
+            return self.relative(t, self._path) / self.relative(self._timesteps.icdf(self.quantiles), self._path).mean()
+        times, share = even_times(self.quantiles, self._timesteps)
+        weight = self.relative(t, self._path) / (share * self.relative(times, self._path)).mean()
+        return over_density(weight, t, self._timesteps)
 
     def own_loss(self, t: Tensor, error: Tensor) -> Tensor:
         """Mean of error exp(-u) + u, for errors (B,) at times (B,)."""

@@ -46,17 +46,17 @@ class Weighting(ABC):
             path: between noise and data.
             timesteps: the density that t is drawn from.
             importance: whether weights are divided by the density, so that the objective is the one of uniform t
-                wherever t is drawn.
+                wherever t is drawn; of uniform t where it can be drawn, if the density is 0 somewhere.
 
         Raises:
             ValueError: if the mean is infinite, as that of 1 / sigma^2 under uniform t.
         """
         self._path, self._timesteps, self._importance = path, timesteps, importance
-        density = UniformTimesteps() if importance else timesteps
-        coarse, fine = (self._average(density, num) for num in (NUM_QUANTILES // 64, NUM_QUANTILES))
+        coarse, fine = (self._average(num) for num in (NUM_QUANTILES // 64, NUM_QUANTILES))
         if not 0 < fine < math.inf or fine > 1.2 * coarse:  # a mean that grows with the number of quantiles is infinite
+            density = UniformTimesteps if importance else type(timesteps)
             raise ValueError(
-                f"the mean of {type(self).__name__} is infinite under {type(density).__name__} (or 0): give it a "
+                f"the mean of {type(self).__name__} is infinite under {density.__name__} (or 0): give it a "
                 "largest weight, where it takes one, or choose another density"
             )
         self._mean = fine
@@ -68,15 +68,34 @@ class Weighting(ABC):
         assert self._mean is not None
         wide = t.double()
         weight = self.relative(wide, self._path) / self._mean
-        return (weight / self._timesteps.log_prob(wide).exp() if self._importance else weight).to(t.dtype)
+        return (over_density(weight, wide, self._timesteps) if self._importance else weight).to(t.dtype)
 
     def own_loss(self, t: Tensor, error: Tensor) -> Tensor | float:
         """What a weighting with weights of its own minimises, given the errors (B,) at times (B,)."""
         return 0.0
 
-    def _average(self, density: TimestepSampler, num: int) -> float:
+    def _average(self, num: int) -> float:
         u = (torch.arange(num, dtype=torch.float64) + 0.5) / num
-        return self.relative(density.icdf(u).clamp(max=self._path.max_time), self._path).mean().item()
+        t, share = even_times(u, self._timesteps) if self._importance else (self._timesteps.icdf(u), torch.ones_like(u))
+        return (share * self.relative(t.clamp(max=self._path.max_time), self._path)).mean().item()
+
+
+def even_times(u: Tensor, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
+    """Times (Q), even over where draws can fall, and what each counts (Q): means are integrals dt over these times.
+
+    Args:
+        u: even over (0, 1) (Q).
+        timesteps: the density that draws come from; it may be 0 somewhere, as one that is truncated is.
+    """
+    low, high = timesteps.icdf(torch.tensor([0.0, 1.0], dtype=torch.float64, device=u.device)).to(u)
+    t = low + (high - low) * u
+    return t, torch.where(timesteps.log_prob(t) > -math.inf, high - low, 0.0)
+
+
+def over_density(weight: Tensor, t: Tensor, timesteps: TimestepSampler) -> Tensor:
+    """Importance weights (B,); 0 for a draw that rounding has moved to where the density is 0."""
+    log_prob = timesteps.log_prob(t)
+    return torch.where(log_prob > -math.inf, weight * torch.exp(-log_prob), 0.0)
 
 
 class UniformWeighting(Weighting):

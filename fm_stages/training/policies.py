@@ -139,7 +139,8 @@ class ShiftToBoundary(Policy):
 
     def scalars(self, numbers: Sequence[float]) -> dict[str, float]:
         """See `Policy`."""
-        return {"stages/shift": numbers[0]}
+        configured = self._base.shift if isinstance(self._base, ShiftedTimesteps) else 1.0
+        return {"stages/shift": numbers[0] * configured}
 
 
 class StageWeights(Policy):

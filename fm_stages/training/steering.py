@@ -54,6 +54,7 @@ class StageAware(L.Callback):
                     )
         self._numbers: dict[str, list[float]] = {}
         self._last_step: dict[str, int] = {}
+        self._in_force: set[str] = set()  # policies that have changed something; until then the configuration holds
         self._monitor: OracleMonitor | None = None
         self._restored = False
         self._refused: dict[str, str] = {}
@@ -92,10 +93,14 @@ class StageAware(L.Callback):
         pl_module.draw_from(timesteps)
         for policy in self.policies:
             begin = policy.start(pl_module)
-            if self._restored and _name(policy) in self._numbers:
+            name = _name(policy)
+            if not self._restored or name not in self._numbers:
+                self._numbers[name], self._last_step[name] = begin, -1
+                self._in_force.discard(name)
+            elif name in self._in_force:
                 self._apply(pl_module, policy)
             else:
-                self._numbers[_name(policy)], self._last_step[_name(policy)] = begin, -1
+                self._numbers[name] = begin
         self._restored = False
 
     def on_train_batch_end(
@@ -136,12 +141,18 @@ class StageAware(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers that are in force, when they were last changed, and the run's curves so far."""
-        return {"numbers": self._numbers, "last_step": self._last_step, "outlook": self._outlook.state_dict()}
+        return {
+            "numbers": self._numbers,
+            "last_step": self._last_step,
+            "in_force": sorted(self._in_force),
+            "outlook": self._outlook.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them."""
         self._numbers = {name: list(numbers) for name, numbers in state_dict["numbers"].items()}
         self._last_step = dict(state_dict["last_step"])
+        self._in_force = set(state_dict.get("in_force", self._numbers))  # older checkpoints do not say
         self._outlook.load_state_dict(state_dict["outlook"])
         self._restored = True
 
@@ -162,12 +173,14 @@ class StageAware(L.Callback):
                 alert(trainer, f"{name} has nothing to follow", f"{error}; training is left as it is.")
                 self._report(trainer, policy, None, f"left as it is: {error}")
             return
+        self._refused.pop(name, None)  # what is refused after this is news again
         keep = policy.smoothing
         new = [math.exp(keep * math.log(a) + (1 - keep) * math.log(b)) for a, b in zip(old, proposed, strict=True)]
         new[: policy.num_fixed] = proposed[: policy.num_fixed]
         if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(old, new, strict=True)):
             return  # what follows the data alone has arrived
         self._numbers[name] = new
+        self._in_force.add(name)
         if not policy.dry_run:
             self._apply(module, policy)
         self._report(trainer, policy, new, reason)

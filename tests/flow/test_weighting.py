@@ -19,6 +19,8 @@ from fm_stages.flow import (
     ShiftedTimesteps,
     SigmaSqrtWeighting,
     StageWeighting,
+    TabulatedTimesteps,
+    TruncatedTimesteps,
     UniformTimesteps,
     UniformWeighting,
     VPPath,
@@ -93,6 +95,27 @@ class TestFormulas:
         weighting.prepare(LinearPath(), density, importance=True)
         mean = integral(lambda t: weighting(at(t)).item() * probability(density, t) * math.sin(3 * t))
         assert mean == pytest.approx(integral(lambda t: formula(t) * math.sin(3 * t)) / integral(formula), abs=2e-3)
+
+    @pytest.mark.parametrize("make", [UniformWeighting, SigmaSqrtWeighting, LearnedWeighting])
+    @pytest.mark.parametrize(
+        "density",
+        [TruncatedTimesteps(0.2, 0.7), TabulatedTimesteps([0, 0.1, 0.4, 0.5, 0.6, 1], [0, 3, 0, 0, 2, 0])],
+        ids=["truncated", "with holes"],
+    )
+    def test_importance_weights_have_mean_one_where_a_density_is_zero_elsewhere(self, make, density):
+        weighting = make()
+        weighting.prepare(LinearPath(), density, importance=True)
+        t = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+        mean = torch.trapezoid(density.log_prob(t).exp() * weighting(t), t).item()
+        assert mean == pytest.approx(1, abs=2e-3)
+
+    def test_a_draw_that_rounding_moves_to_where_the_density_is_zero_counts_nothing(self):
+        density = TruncatedTimesteps(0.7, 0.9)
+        weighting = UniformWeighting()
+        weighting.prepare(LinearPath(), density, importance=True)
+        t = density.icdf(torch.tensor([0.0, 0.5]))
+        assert t[0].double() < 0.7
+        assert weighting(t).tolist() == pytest.approx([0.0, 1.0])
 
     @every_weighting
     @pytest.mark.parametrize("path", [LinearPath(), CosinePath(), VPPath()], ids=["linear", "cosine", "VP"])

@@ -44,7 +44,7 @@ class TestShiftToBoundary:
         policy.apply(module, ORACLE, numbers)
         t = module.timesteps.sample(20_000, torch.Generator().manual_seed(0))
         assert (t < 0.3).float().mean().item() == pytest.approx(fraction, abs=0.015)
-        assert policy.scalars(numbers) == {"stages/shift": numbers[0]}
+        assert policy.scalars(numbers) == {"stages/shift": module.timesteps.shift}  # as the monitor logs it
         assert "t = 0.300" in reason
         policy.apply(module, ORACLE, begin)  # the numbers that it begins with change nothing
         u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)

@@ -9,7 +9,15 @@ import lightning as L
 import pytest
 import torch
 
-from fm_stages.flow import LinearPath, ShiftedTimesteps, StageWeighting, TabulatedTimesteps, UniformTimesteps
+from fm_stages.flow import (
+    LinearPath,
+    LogitNormalTimesteps,
+    MinSNRWeighting,
+    ShiftedTimesteps,
+    StageWeighting,
+    TabulatedTimesteps,
+    UniformTimesteps,
+)
 from fm_stages.oracle import Curves, StageProfile, oracle_of
 from fm_stages.training import (
     GapDensity,
@@ -128,6 +136,24 @@ class TestNothingToFollow:
         assert isinstance(module.timesteps, UniformTimesteps)
         assert "not finite" in lines(trainer)[0]["reason"]
 
+    def test_the_same_again_after_a_change_is_said_again(
+        self, make_module, make_data, make_trainer, tmp_path, monkeypatch
+    ):
+        compute, windows = OracleMonitor._log_window, []
+
+        def spoiled(monitor, *arguments):
+            gap = compute(monitor, *arguments)
+            windows.append(gap)
+            if len(windows) in (1, 3):
+                monitor.train.count = [10] * len(monitor.train.count)
+                monitor.train.mean["gap"] = [math.nan] * len(monitor.train.count)
+            return gap
+
+        monkeypatch.setattr(OracleMonitor, "_log_window", spoiled)
+        policy = GapDensity(warmup_steps=2, every_n_steps=2)
+        trainer, _, _ = steered(make_module, make_data, make_trainer, policy, steps=7, default_root_dir=tmp_path)
+        assert ["not finite" in line["reason"] for line in lines(trainer)] == [True, False, True]
+
 
 class TestResume:
     @pytest.mark.parametrize(
@@ -146,6 +172,34 @@ class TestResume:
         trainer, resumed, callback = steered(
             make_module, make_data, make_trainer, *made(), steps=10, ckpt_path=tmp_path / "five.ckpt"
         )
+        assert callback.state_dict() == expected.state_dict()
+        pairs = zip(whole.network.parameters(), resumed.network.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    @pytest.mark.parametrize(
+        "policy",
+        [
+            lambda: StageWeights(0.7, warmup_steps=6),
+            lambda: GapDensity(warmup_steps=6),
+            lambda: ShiftToBoundary(0.7, warmup_steps=6),
+            lambda: StageWeights(0.999, width=3.0, every_n_steps=2),  # refused: nothing has that share
+        ],
+        ids=["weights", "gap density", "shift", "refused"],
+    )
+    def test_before_the_first_change_the_configuration_holds(
+        self, make_module, make_data, make_trainer, tmp_path, policy
+    ):
+        def made():
+            return make_module(timesteps=LogitNormalTimesteps(-0.5, 0.8), weighting=MinSNRWeighting())
+
+        trainer, _, _ = steered(make_module, make_data, make_trainer, policy(), module=made(), steps=3)
+        trainer.save_checkpoint(tmp_path / "three.ckpt")
+        _, whole, expected = steered(make_module, make_data, make_trainer, policy(), module=made(), steps=5)
+        _, resumed, callback = steered(
+            make_module, make_data, make_trainer, policy(), module=made(), steps=5, ckpt_path=tmp_path / "three.ckpt"
+        )
+        assert isinstance(resumed.timesteps, LogitNormalTimesteps)
+        assert isinstance(resumed.weighting, MinSNRWeighting)
         assert callback.state_dict() == expected.state_dict()
         pairs = zip(whole.network.parameters(), resumed.network.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
