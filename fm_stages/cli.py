@@ -104,7 +104,8 @@ def main() -> None:
         if found is None:
             raise
         message = "; ".join(line.strip() for line in str(found).splitlines() if line.strip()).replace(":;", ":")
-        print(f"fm-stages: {_config_files(arguments)}{message}", file=sys.stderr)
+        place = "" if message.startswith("--") else _config_files(arguments)  # an option is at fault, not a file
+        print(f"fm-stages: {place}{message}", file=sys.stderr)
         sys.exit(2)
 
 

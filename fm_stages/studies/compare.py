@@ -33,6 +33,7 @@ from fm_stages.studies.compare_runs import (
     RunFailedError,
     alone,
     cluster_commands,
+    has_begun,
     sweep,
     train,
     training_seconds,
@@ -207,15 +208,18 @@ class _Comparing:
     def _check_unchanged(self) -> None:
         """Refuse arms or a probe that are not those of the runs that are there. Other arms and seeds may be added.
 
+        An arm that has not been trained yet, or failed as it started, may be corrected.
+
         Raises:
             ValueError: with the first difference.
         """
         file = self.out / "comparison.yaml"
         known = yaml.safe_load(file.read_text()) if file.is_file() else {"probe": {}, "arms": {}}
         now = {"probe": asdict(self.settings), "arms": {arm.name: arm.config for arm in self.arms}}
+        begun = [name for name in known["arms"] if any(map(has_begun, (self.out / name).glob("seed_*")))]
         for what, before, new in (
-            ("the probe", known["probe"], now["probe"]),
-            *((f"arm {name}", config, now["arms"].get(name)) for name, config in known["arms"].items()),
+            ("the probe", known["probe"] if begun else None, now["probe"]),
+            *((f"arm {name}", known["arms"][name], now["arms"].get(name)) for name in begun),
         ):
             different = first_difference(before, new) if before and new else None
             if different:

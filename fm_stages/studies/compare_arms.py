@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages.oracle import THRESHOLDS, StageProfile
 from fm_stages.studies.diagnose import build_run
-from fm_stages.training import SECTIONS, TrainingCLI
+from fm_stages.training import SECTIONS, FlowMatching, OracleMonitor, SampleGrid, StageAware, TrainingCLI
 
 SHARED = {
     "data": "every arm sees the same images",
@@ -137,14 +138,27 @@ def resolve_arms(files: Sequence[str], arms: Mapping[str, dict[str, Any]], profi
                 overlay.write_text(yaml.safe_dump(overrides))
                 config = resolve([*files, *([overlay] if overrides else [])])
                 torch.manual_seed(0)
-                network = build_run(config)[0].network
+                module = build_run(config)[0]
+                _check_callbacks(config, module)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"arm {name}: {str(error).replace(f'{overlay} ', '')}") from error
             digest = hashlib.sha256()
-            for key, x in network.state_dict().items():
+            for key, x in module.network.state_dict().items():
                 digest.update(key.encode() + x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             resolved.append(Arm(name, overrides, config, digest.hexdigest()[:16]))
     return resolved
+
+
+def _check_callbacks(config: Mapping[str, Any], module: FlowMatching) -> None:
+    """Find now what would end a run as it starts: numbers out of range, policies that contradict each other."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    sections = {"monitor": OracleMonitor, "steering": StageAware, "samples": SampleGrid}
+    for section, callback in sections.items():
+        parser.add_lightning_class_args(callback, section)
+    built = parser.instantiate(parser.parse_object({name: config[name] for name in sections}))
+    built.steering.check(module)
+    for policy in built.steering.policies:
+        policy.start(module)  # refuses a module that it cannot steer
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -148,6 +148,20 @@ def alone(run: Run, on_wait: Callable[[], None] = lambda: None) -> Iterator[int]
         yield file.fileno()
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run has left something in its folder that is worth keeping, or is being trained there."""
+    if (folder / "result.json").is_file() or any(folder.glob("checkpoints/*.ckpt")):
+        return True
+    if not (folder / "lock").is_file():
+        return False
+    with (folder / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda: None) -> None:
     """Train one run, from its last checkpoint if it was interrupted.
 

@@ -77,7 +77,15 @@ class StageAware(L.Callback):
             raise ValueError("OracleMonitor must come before StageAware in the list of callbacks: it measures first")
         if self.gradients_every_n_steps and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError("gradients_every_n_steps measures networks that are whole on each rank: set it to 0")
-        if {policy.steers for policy in self.policies} >= EMPHASIS and not pl_module.importance_weights:
+        self.check(pl_module)
+
+    def check(self, module: FlowMatching) -> None:
+        """Refuse policies that contradict each other in this module.
+
+        Raises:
+            ValueError: with both, and the remedy.
+        """
+        if {policy.steers for policy in self.policies} >= EMPHASIS and not module.importance_weights:
             raise ValueError(
                 "a policy for timesteps and one for weights contradict each other, for both say how much each t "
                 "counts: choose one, or set importance_weights, which takes the density out of the objective"

@@ -332,6 +332,18 @@ class TestGoingOn:
         assert "give another folder with --out" in done.err
         assert InProcess.commands == []
 
+    def test_what_has_not_been_trained_may_be_corrected(self, command, in_process):
+        broken = "broken: {trainer: {max_time: never}}\n"
+        write_inputs(ARMS + broken)
+        assert command(*self.CALL, "--seeds=1", "--dry-run").status == 0
+        assert command(*self.CALL, "--seeds=1", "--num_samples=60", "--run=broken/0").status == 1
+        write_inputs(ARMS + broken.replace("never", "{minutes: 10}"))
+        in_process.commands.clear()
+        assert command(*self.CALL, "--seeds=1", "--run=broken/0").status == 0
+        assert len(in_process.commands) == 1
+        write_inputs(ARMS + broken.replace("never", "{minutes: 20}"))
+        assert "had trainer.max_time=" in command(*self.CALL, "--seeds=1", "--run=broken/0").err
+
     def test_an_interrupted_run_goes_on_and_ends_where_it_would_have(self, compared, command, in_process, monkeypatch):
         write_inputs()
         monkeypatch.setattr(in_process, "stop_at", 2)

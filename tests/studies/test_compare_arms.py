@@ -10,6 +10,7 @@ from fm_stages.studies.compare_arms import choose_reference, first_difference, r
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits_dit.yaml")
+SHIFT = {"class_path": "ShiftToBoundary"}
 READY = sorted((ROOT / "configs" / "arms").glob("*.yaml"))
 
 
@@ -89,6 +90,25 @@ class TestResolving:
     def test_a_misspelt_field_is_refused_with_the_arms_name(self, profile_of):
         with pytest.raises(ValueError, match="arm odd: .*ema_deacy"):
             resolve_arms([DIGITS], {"odd": {"model": {"ema_deacy": 0.9}}}, profile_of())
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"steering": {"policies": [SHIFT | {"init_args": {"fraction": 1.5}}]}}, r"fraction=1.5 must lie in"),
+            ({"steering": {"policies": [SHIFT, {"class_path": "GapDensity"}]}}, "both change the timesteps"),
+            ({"steering": {"policies": [SHIFT, {"class_path": "StageWeights"}]}}, "contradict each other"),
+            (
+                {"model": {"target": {"class_path": "OracleTarget"}}}
+                | {"steering": {"policies": [{"class_path": "TargetByStage"}]}},
+                "leave the target conditional",
+            ),
+            ({"monitor": {"every_n_steps": 0}}, "every_n_steps=0"),
+        ],
+        ids=["fraction", "two densities", "density and weights", "two targets", "monitor"],
+    )
+    def test_what_would_end_a_run_as_it_starts_is_refused_before_any(self, overrides, message, profile_of):
+        with pytest.raises(ValueError, match=f"(?s)arm odd: .*{message}"):
+            resolve_arms([DIGITS], {"odd": overrides}, profile_of())
 
     def test_arms_start_from_the_same_weights_unless_the_network_differs(self, profile_of):
         wide = {"model": {"network": {"init_args": {"hidden_size": 64}}}}
