@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,17 +30,12 @@ class EqualTime:
 
 
 def seconds_per_step(results: Results) -> dict[str, float]:
-    """Of each arm with a finished run; the median over seeds, for machines have better and worse hours."""
-    return {
-        arm: median(run["train_sec"] / run["steps"] for run in runs.values()) for arm, runs in results.items() if runs
-    }
+    """Of each arm with a finished run: the least over seeds, for what else a machine does only adds."""
+    return {arm: min(run["train_sec"] / run["steps"] for run in runs.values()) for arm, runs in results.items() if runs}
 
 
 def cost_of_step(results: Results, reference: str) -> dict[str, tuple[float, float, float]]:
-    """Time per step over that of the reference, by arm: least, median, and largest over seeds.
-
-    The median is that of `seconds_per_step`; least and largest are of the seeds that the reference has, too.
-    """
+    """Time per step over that of the reference, by arm: of `seconds_per_step`, and the least and largest of a seed."""
     pace, beside = seconds_per_step(results), results.get(reference, {})
     if reference not in pace:
         return {}
@@ -52,8 +46,8 @@ def cost_of_step(results: Results, reference: str) -> dict[str, tuple[float, flo
             for seed, run in results[arm].items()
             if seed in beside
         ]
-        middle = pace[arm] / pace[reference]
-        costs[arm] = min(both, default=middle), middle, max(both, default=middle)
+        cost = pace[arm] / pace[reference]
+        costs[arm] = cost, min(both, default=cost), max(both, default=cost)
     return costs
 
 

@@ -140,7 +140,7 @@ def report_text(c: Comparison) -> str:
         "",
         f"Base: {', '.join(f'`{file}`' for file in c.base)}. Reference: `{c.reference}`. Finished: {finished} of "
         f"{len(c.arms) * len(c.seeds)} runs. All arms of a seed start from the same weights and are given the same "
-        "images, noise and base random numbers.",
+        "images, noise and base random numbers; a target that draws rows of its own puts those in the images' place.",
         "",
         *_missing(c.missing),
         *(
@@ -269,14 +269,14 @@ def _table_at_equal_time(c: Comparison) -> list[str]:
             relative = "" if pair is None or math.isnan(pair.relative) else f" ({100 * pair.relative:+.1f} %"
             relative += ((" *" if pair is not None and pair.shown else "") + ")") if relative else ""
             cells.append(_number(mean_of(list(of_seed.values()))) + relative)
-        low, middle, high = costs[arm]
-        cost = f"{middle:.2f}" + (f" ({low:.2f} - {high:.2f})" if low < high else "")
+        cost, low, high = (f"{x:.2f}" for x in costs[arm])
+        cost += f" ({low} - {high})" if low < high else ""
         rows.append([arm, cost, f"{found.steps[arm]:.0f}", *cells])
     words = (
         f"After {found.seconds:.0f} s of training, when the fastest arm was done. *Cost*: time per step over that of "
-        f"`{c.reference}`: median over seeds (and range, which says how quiet the machine was). Read off between "
-        "measurements along the runs, linear in the logarithm of the step. In brackets: against the reference, a star "
-        "as above."
+        f"`{c.reference}`, of the fastest run of each, for other work on a machine only adds (range over seeds: how "
+        "quiet it was). Read off between measurements along the runs, linear in the logarithm of the step. In "
+        "brackets: against the reference, a star as above."
     )
     return [*_table(["arm", "cost", "steps", *(METRICS[name] for name in PROGRESS)], rows), "", words]
 
@@ -309,7 +309,7 @@ def _numbers(c: Comparison) -> dict[str, Any]:
 def _title(c: Comparison) -> str:
     band = ", bands are two standard errors over seeds" if len(c.seeds) > 1 else ""
     kind = "averaged weights" if c.weights == "ema" else "raw weights"
-    return f"{c.name}: gap to the oracle velocity on training images, {kind}{band}"
+    return f"{c.name}: gap to the oracle velocity on training images,\n{kind}{band}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

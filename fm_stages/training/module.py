@@ -40,7 +40,8 @@ class FlowMatching(L.LightningModule):
         target: what the network regresses on; the conditional target by default.
         weighting: of the loss over t; uniform by default.
         importance_weights: whether the loss is also divided by the density of t, so that the objective is that of
-            uniform t wherever t is drawn.
+            uniform t wherever t is drawn. Where a density is thin these weights are huge: choose one that is nowhere
+            near 0, as steered ones are.
         optimizer: called with the parameters; AdamW with learning rate 1e-4 by default.
         warmup_steps: steps over which the learning rate rises linearly to its value.
         label_dropout: probability that a training sample's label is replaced by the null class.

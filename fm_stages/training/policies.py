@@ -93,6 +93,9 @@ class ShiftToBoundary(Policy):
 
     s = q (1 - b) / ((1 - q) b) with q the fraction's quantile under the configured density.
 
+    What navigation wins, refinement pays for. On Fashion-MNIST at 14x14 (fraction 0.7, 2000 steps, 3 seeds) the gap was
+    7.5 % smaller before the boundary (30 % near t = 0.05) and 3.8 % larger past it; over all t no difference was shown.
+
     Args:
         fraction: of draws before the boundary, in (0, 1).
         smallest: bound of the shift.
@@ -145,6 +148,9 @@ class ShiftToBoundary(Policy):
 
 class StageWeights(Policy):
     """Weighs the loss so that navigation has a given share of the weight, and leaves t as it is. Follows the data.
+
+    It takes the place of the configured weighting. On Fashion-MNIST at 14x14 (fraction 0.7, 2000 steps, 3 seeds) the gap
+    before the boundary was 10 % smaller than with uniform weights, and no difference was shown past it.
 
     Args:
         fraction: of the weight before the boundary, under the module's density of t.
