@@ -149,8 +149,8 @@ class ShiftToBoundary(Policy):
 class StageWeights(Policy):
     """Weighs the loss so that navigation has a given share of the weight, and leaves t as it is. Follows the data.
 
-    It takes the place of the configured weighting. On Fashion-MNIST at 14x14 (fraction 0.7, 2000 steps, 3 seeds) the gap
-    before the boundary was 10 % smaller than with uniform weights, and no difference was shown past it.
+    It takes the place of the configured weighting. On Fashion-MNIST at 14x14 (fraction 0.7, 2000 steps, 3 seeds) the
+    gap before the boundary was 10 % smaller than with uniform weights, and no difference was shown past it.
 
     Args:
         fraction: of the weight before the boundary, under the module's density of t.
