@@ -13,6 +13,7 @@ import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fm_stages import cli
@@ -334,6 +335,15 @@ class TestRefusals:
             in command("export", "--ckpt", ckpt, "--out", "x", "--weights", "ema").err
         )
         assert "no checkpoint at nowhere.ckpt" in command("export", "--ckpt", "nowhere.ckpt", "--out", "x").err
+
+    def test_text_in_a_file_of_weights_builds_nothing_else(self, tmp_path, command):
+        other = {"class_path": "logging.FileHandler", "init_args": {"filename": str(tmp_path / "made")}}
+        sizes = {"in_features": 1, "out_features": 1, "device": other}  # of no stated type
+        network = {"class_path": "torch.nn.Linear", "init_args": sizes}
+        config = yaml.safe_dump({"model": {"network": network}})
+        save_file({"network.weight": torch.ones(1)}, "x.safetensors", {CONFIG_KEY: config})
+        assert command("export", "--ckpt", "x.safetensors", "--out", "x").status == 2
+        assert not (tmp_path / "made").exists()
 
     def test_a_network_of_ones_own(self, exported, tmp_path):
         class Own(DiT):
