@@ -345,6 +345,12 @@ class TestRefusals:
         assert command("export", "--ckpt", "x.safetensors", "--out", "x").status == 2
         assert not (tmp_path / "made").exists()
 
+    def test_text_in_a_checkpoint_names_no_command(self, write_checkpoint, tmp_path, command):
+        ckpt = write_checkpoint(tmp_path / "last.ckpt", optimizer="os.system")
+        done = command("export", "--ckpt", ckpt, "--out", "x")
+        assert done.status == 2
+        assert "Importing 'os.system' is not allowed" in done.err
+
     def test_a_network_of_ones_own(self, exported, tmp_path):
         class Own(DiT):
             pass
