@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +60,32 @@ def _read(path: str | Path, unpickle: bool) -> dict[str, Any]:
     if Path(path).suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return {**(file.metadata() or {}), **{key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
+                own = {CONFIG_KEY: ""} if CONFIG_KEY in (file.metadata() or {}) else {}
+                return own | {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except SafetensorError as error:
             raise ValueError(f"{unreadable} ({error})") from error
     try:
         tree = torch.load(path, map_location="cpu", weights_only=not unpickle)
     except Exception as error:  # torch raises many kinds for foreign or truncated files
-        if not unpickle and (names := _unsafe(path)):
+        if not unpickle and (names := _unsafe(path, error)):
             raise ValueError(
                 f"{path} holds more than weights ({', '.join(names)}), and to unpickle that can run any code: if you "
                 "trust its origin, add --unpickle"
             ) from error
+        if isinstance(error, ImportError | AttributeError):  # which only unpickling raises
+            raise ValueError(f"{path} needs the code that it was saved with, which is not here: {error}") from error
         raise ValueError(f"{unreadable} ({type(error).__name__})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, not a dictionary of weights")
     return tree
 
 
-def _unsafe(path: str | Path) -> list[str]:
-    """What torch refuses to unpickle; none for a file that it cannot look into."""
+def _unsafe(path: str | Path, error: Exception) -> list[str]:
+    """What torch refused to unpickle; none for a file that it cannot look into."""
     try:
         return get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        return []
+    except Exception:  # torch lists them for its newer format alone, and names the first one in its message
+        return re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
 
 
 def _sets(tree: dict[str, Any], path: str | Path) -> dict[str, Weights]:

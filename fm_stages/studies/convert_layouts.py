@@ -14,8 +14,11 @@ from fm_stages.networks import DiT
 
 LABELS = "y_embedder.embedding_table.weight"
 LAST = "final_layer.linear.weight"
-NEEDED = ("pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.0.weight", LABELS, "blocks.0.attn.qkv.weight", LAST)
-"""What sizes are read off, beside the first layer of an MLP."""
+NEEDED = {
+    "pos_embed": 3, "x_embedder.proj.weight": 4, "t_embedder.mlp.0.weight": 2, LABELS: 2, "blocks.0.attn.qkv.weight": 2,
+    LAST: 2,
+}  # fmt: skip
+"""What sizes are read off, beside the first layer of an MLP, each with its number of dimensions."""
 
 MLP, GATED_MLP = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"
 
@@ -59,12 +62,15 @@ def recognize(weights: dict[str, Tensor], num_heads: int | None = None, num_clas
         kind = "repa"
         weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")}
     weights = _joined_blocks(weights)
-    missing = [key for key in (*NEEDED, GATED_MLP if GATED_MLP in weights else MLP) if key not in weights]
-    if missing:
+    needed = {**NEEDED, (GATED_MLP if GATED_MLP in weights else MLP): 2}
+    if missing := [key for key in needed if key not in weights]:
         raise ValueError(
             f"no layout that is known (SiT, DiT, REPA, LightningDiT): {', '.join(missing)} not among "
             f"{_listed(sorted(weights))}"
         )
+    shaped = [f"{key} {tuple(weights[key].shape)}" for key, ndim in needed.items() if weights[key].ndim != ndim]
+    if shaped:
+        raise ValueError(f"no layout that is known has these shapes: {', '.join(shaped)}")
     if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"the weights are not finite numbers: {_listed(broken)}")
     weights, classes, null_class = _label_table(weights, num_classes)

@@ -146,8 +146,10 @@ def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
     """As `load_run`, without reading the data; None for that of an imported network, which names none."""
     checkpoint = read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
-        raise ValueError(f"{path} carries no configuration: only checkpoints of `fm-stages fit` do")
+        raise ValueError(f"{path} carries no configuration: only what `fm-stages` fit, import or export wrote does")
     config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    if not isinstance(config, dict) or not config.get("model"):
+        raise ValueError(f"{path} carries a configuration without a model: it is damaged")
     module, images = build_run({**config, "data": {"class_path": data} if data else config.get("data")})
     return checkpoint, module, images
 

@@ -76,7 +76,7 @@ def export_folder(trained: Trained, out: str | Path, drawing: Drawing | None = N
         ValueError: if the network is not one of this package, there are other files in the folder, or the network
             cannot do what is asked for.
     """
-    out, drawing = Path(out), drawing or Drawing()
+    out, drawing = Path(out).resolve(), drawing or Drawing()  # of a link, the folder that it stands for
     drawing.check(trained)
     _refuse_taken(out)
     network = type(trained.network)
@@ -96,6 +96,8 @@ def export_folder(trained: Trained, out: str | Path, drawing: Drawing | None = N
 
 
 def _refuse_taken(out: Path) -> None:
+    if out.resolve() == Path.cwd():
+        raise ValueError(f"--out {out} is where you are, and would be replaced under you: give a new folder")
     if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
         raise ValueError(f"--out {out} holds other files ({there[0]}, ...): give a new or an empty folder")
     if out.exists() and not out.is_dir():
@@ -178,7 +180,8 @@ def _facts(trained: Trained, drawing: Drawing) -> dict[str, str]:
     """The table of the model card."""
     data = trained.config.get("data")
     num_weights = sum(weight.numel() for weight in trained.network.parameters())
-    kind = f"EMA, decay {trained.module.ema_decay:g}" if trained.weights == "ema" else "raw"
+    decay = trained.module.ema_decay  # 0: of imported weights, where nobody told
+    kind = "EMA" + (f", decay {decay:g}" if decay else "") if trained.weights == "ema" else "raw"
     low, high = drawing.guidance_interval
     scale = "1, which is none" if drawing.guidance_scale == 1 else f"{drawing.guidance_scale:g}"
     return {

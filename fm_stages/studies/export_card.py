@@ -58,7 +58,7 @@ def card(facts: dict[str, str], index: dict[str, Any], libraries: list[str]) -> 
         none = (
             ", -1 or none for an image without label" if index["null_class"] else ", which the network has to be given"
         )
-        labels, call = f"0 to {num_classes - 1}{none}", "class_labels=[0, 1]"
+        labels, call = f"0 to {num_classes - 1}{none}", f"class_labels={[*range(min(num_classes, 2))]}"
     else:
         labels, call = "none: the network knows no classes", "batch_size=2"
     if not index["pixels"]:

@@ -85,8 +85,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
     except Exception as error:  # torch raises many kinds for foreign or truncated files
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of fm-stages: it has no state_dict")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(
+            f"{path} is not a checkpoint of fm-stages: it has no state_dict. `fm-stages import` converts weights of "
+            "some other projects"
+        )
     return checkpoint
 
 

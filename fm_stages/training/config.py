@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -24,6 +24,10 @@ from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
+
+# else a checkpoint's text, read to build its network, could build an object of nearly any class and so open any file;
+# an empty list of our own makes jsonargparse refuse what it denies by default (os, subprocess, ...), and not only warn
+set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""

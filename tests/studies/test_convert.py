@@ -3,6 +3,8 @@
 import argparse
 import math
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -72,7 +74,8 @@ def file(tmp_path):
 
     def make(tree, name: str = "theirs.pt") -> dict:
         path = tmp_path / name
-        save_file(tree, path) if path.suffix == ".safetensors" else torch.save(tree, path)
+        # the metadata that Hugging Face's libraries write
+        save_file(tree, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(tree, path)
         return {"source": path, "out": tmp_path / "ours.ckpt"}
 
     return make
@@ -248,6 +251,10 @@ class TestRefusals:
                 {k: v[: 4 * HIDDEN] if "blocks.0.adaLN" in k else v for k, v in source().items()},
                 r"2 weights have another shape: .*0.adaLN_modulation.1.weight \(160, 40\) where \(240, 40\) belongs",
             ),
+            (
+                changed(pos_embed=torch.ones(9), x_embedder__proj__weight=torch.ones(40, 12)),
+                r"has these shapes: pos_embed \(9,\), x_embedder.proj.weight \(40, 12\)",
+            ),
             (changed(pos_embed=torch.ones(1, 8, HIDDEN)), "pos_embed has 8 places, which are no square grid"),
             (
                 changed(final_layer__linear__bias=torch.full((12,), math.nan)),
@@ -296,6 +303,26 @@ class TestRefusals:
         import_network(**paths, num_heads=HEADS, unpickle=True)
         expected = dit_formulas.velocity(w, *inputs, num_heads=HEADS)
         torch.testing.assert_close(velocity_of(paths["out"], inputs), expected, rtol=0, atol=2e-6)
+
+    def test_nor_of_torchs_older_format(self, file):
+        paths = file({"ema": source(), "args": argparse.Namespace(model="SiT-S/2")})
+        tree = torch.load(paths["source"], weights_only=False)
+        torch.save(tree, paths["source"], _use_new_zipfile_serialization=False)
+        with pytest.raises(ValueError, match=r"holds more than weights \(argparse.Namespace\).*add --unpickle"):
+            import_network(**paths, num_heads=HEADS)
+        assert "ema weights" in import_network(**paths, num_heads=HEADS, unpickle=True)
+
+    def test_a_pickle_whose_code_is_not_here(self, file, monkeypatch):
+        class Settings:
+            pass
+
+        elsewhere = ModuleType("their_project")
+        elsewhere.Settings, Settings.__module__, Settings.__qualname__ = Settings, "their_project", "Settings"
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "their_project", elsewhere)
+            paths = file({"ema": source(), "args": Settings()})
+        with pytest.raises(ValueError, match="needs the code that it was saved with, .*'their_project'"):
+            import_network(**paths, num_heads=HEADS, unpickle=True)
 
     @pytest.mark.parametrize("name", ["theirs.pt", "theirs.safetensors"])
     def test_a_file_cut_short(self, file, name):

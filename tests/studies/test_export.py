@@ -13,6 +13,7 @@ import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fm_stages import cli
@@ -20,6 +21,7 @@ from fm_stages.flow import Guidance, keyed_normal, sample
 from fm_stages.networks import DiT, UNet
 from fm_stages.networks.embeddings import LabelEmbedding
 from fm_stages.studies import export_file, export_folder
+from fm_stages.studies.export_card import card
 from fm_stages.studies.export_pipeline import FlowMatchingPipeline, VelocityNetwork
 from fm_stages.studies.export_source import source_of
 from fm_stages.studies.models import load_trained
@@ -41,7 +43,7 @@ NETWORKS = {
     "vp": (DiT, {**DIT, "num_classes": 5}, {"path": {"class_path": "fm_stages.flow.VPPath"}}),
     "unlabelled": (DiT, {**DIT, "num_classes": 0}, {}),
     "labels_only": (DiT, {**DIT, "num_classes": 5, "compile_blocks": True}, {"label_dropout": 0.0}),
-    "latents": (DiT, {**DIT, "in_channels": 4, "num_classes": 5, "learn_sigma": True}, {}),
+    "latents": (DiT, {**DIT, "in_channels": 4, "num_classes": 5, "learn_sigma": True}, {"ema_decay": 0.0}),
 }  # fmt: skip
 """Of each exported folder: class and arguments of the network, and other parts of section ``model``."""
 
@@ -235,10 +237,21 @@ class TestFolder:
         assert "timm" not in (exported / "unet" / "README.md").read_text()
         imported = (exported / "latents" / "README.md").read_text()
         assert "| data | not known: the weights were imported |" in imported
+        assert "| weights | EMA; digest" in imported
         assert 'pipeline(class_labels=[0, 1], output_type="latent")' in imported
         for file in exported.glob("*/**/*.*"):
             if file.suffix in (".md", ".json", ".py"):
                 assert "/somewhere/private" not in file.read_text()
+
+    def test_the_cards_call_names_classes_that_there_are(self):
+        index = {"num_classes": 1, "null_class": True, "path": "LinearPath", "pixels": True}
+        assert "pipeline(class_labels=[0])" in card({"network": "DiT, 1 weights"}, index, [])
+
+    def test_a_link_to_an_empty_folder(self, exported, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to("empty")
+        export_folder(load_trained(exported / "dit.ckpt"), tmp_path / "link")
+        assert (tmp_path / "empty/model_index.json").exists()
 
     def test_raw_weights_on_demand(self, exported, tmp_path):
         export_folder(load_trained(exported / "dit.ckpt", "raw"), tmp_path / "raw")
@@ -334,6 +347,43 @@ class TestRefusals:
             in command("export", "--ckpt", ckpt, "--out", "x", "--weights", "ema").err
         )
         assert "no checkpoint at nowhere.ckpt" in command("export", "--ckpt", "nowhere.ckpt", "--out", "x").err
+
+    def test_text_in_a_file_of_weights_builds_nothing_else(self, tmp_path, command):
+        other = {"class_path": "logging.FileHandler", "init_args": {"filename": str(tmp_path / "made")}}
+        sizes = {"in_features": 1, "out_features": 1, "device": other}  # of no stated type
+        network = {"class_path": "torch.nn.Linear", "init_args": sizes}
+        config = yaml.safe_dump({"model": {"network": network}})
+        save_file({"network.weight": torch.ones(1)}, "x.safetensors", {CONFIG_KEY: config})
+        assert command("export", "--ckpt", "x.safetensors", "--out", "x").status == 2
+        assert not (tmp_path / "made").exists()
+
+    def test_the_folder_one_stands_in(self, write_checkpoint, tmp_path, command, monkeypatch):
+        ckpt = write_checkpoint(tmp_path / "last.ckpt")
+        Path("empty").mkdir()
+        monkeypatch.chdir("empty")
+        assert "--out . is where you are" in command("export", "--ckpt", ckpt, "--out", ".").err
+
+    @pytest.mark.parametrize(
+        ("tree", "message"),
+        [
+            ({"model": {}, "ema": {}}, "it has no state_dict. `fm-stages import` converts weights"),
+            ({"state_dict": [1]}, "it has no state_dict"),
+            ({"state_dict": {}}, "carries no configuration: only what `fm-stages` fit, import or export wrote does"),
+            ({"state_dict": {}, CONFIG_KEY: "5"}, "carries a configuration without a model"),
+            ({"state_dict": {}, CONFIG_KEY: "data: null"}, "carries a configuration without a model"),
+        ],
+    )
+    def test_of_foreign_files(self, tmp_path, command, tree, message):
+        torch.save(tree, tmp_path / "x.pt")
+        done = command("export", "--ckpt", tmp_path / "x.pt", "--out", "x")
+        assert done.status == 2
+        assert message in done.err
+
+    def test_text_in_a_checkpoint_names_no_command(self, write_checkpoint, tmp_path, command):
+        ckpt = write_checkpoint(tmp_path / "last.ckpt", optimizer="os.system")
+        done = command("export", "--ckpt", ckpt, "--out", "x")
+        assert done.status == 2
+        assert "Importing 'os.system' is not allowed" in done.err
 
     def test_a_network_of_ones_own(self, exported, tmp_path):
         class Own(DiT):
