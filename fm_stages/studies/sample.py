@@ -98,7 +98,8 @@ class _Job:
         record: dict[str, Any] = {"checkpoint": one_or_all(self.checkpoints), "settings": new}
         record |= {"finished": False, "flops": COUNTED, "calls": []}
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-        there = [name for name in there if not name.endswith(PART)]
+        # a first call that was killed at once leaves nothing but its record, half written
+        there = [name for name in there if not (name.startswith(f"{RECORD}.") and name.endswith(PART))]
         if there and not file.exists():
             raise ValueError(f"--out {self.out} holds other files ({there[0]}, ...): give a new or an empty folder")
         if file.exists():

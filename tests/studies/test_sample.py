@@ -244,6 +244,13 @@ class TestResume:
                 assert_same(torch.from_numpy(found.copy()), torch.from_numpy(images.copy()))
         assert {path.name for path in Path("out").rglob("*")} == {path.name for path in Path("whole").rglob("*")}
 
+    def test_killed_before_its_record_was_whole(self, draw):
+        Path("out").mkdir()
+        Path("out/sampling.json.123.part").write_text("{")
+        done = draw("--num_steps", STEPS, "--num", 2)
+        assert done.status == 0, done.err
+        assert sorted(path.name for path in Path("out").iterdir()) == ["grid.png", "images", "sampling.json"]
+
     def test_what_is_finished_stays(self, draw):
         draw("--num_steps", STEPS)
         before = {path: path.stat().st_mtime_ns for path in Path("out/images").iterdir()}
@@ -355,6 +362,15 @@ class TestMistakes:
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert "holds other files (thesis.tex, ...): give a new or an empty folder" in done.err
         assert [path.name for path in Path("out").iterdir()] == ["thesis.tex"]
+
+    def test_half_written_files_of_something_else_stay(self, draw):
+        """As a browser names a download."""
+        Path("out").mkdir()
+        Path("out/film.mkv.part").write_text("half")
+        done = draw()
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "holds other files (film.mkv.part, ...)" in done.err
+        assert [path.name for path in Path("out").iterdir()] == ["film.mkv.part"]
 
     def test_a_record_of_something_else(self, draw):
         Path("out").mkdir()
