@@ -144,6 +144,11 @@ class _Job:
                             experts, labels.to(self.device), self.shape, plain["seed"], index=index,
                             solver=settings.solver, guidance=settings.guidance, grid=settings.grid,
                         )  # fmt: skip
+                    if not bool(images.isfinite().all()):
+                        raise ValueError(
+                            f"{' and '.join(self.checkpoints)} with these settings draws values that are not finite, "
+                            "which are no image: its training may have diverged"
+                        )
                     self.files.add(index, (self.to_pixels(images) if self.to_pixels else images).cpu(), labels)
                     bar.update(len(index))
             finally:

@@ -318,6 +318,19 @@ def test_two_ranks_draw_what_one_draws(draw, ckpt, launch, tmp_path):
     assert (tmp_path / "two/grid.png").exists()
 
 
+def test_a_network_that_diverged_draws_no_files(command, write_checkpoint):
+    path = write_checkpoint(Path("diverged.ckpt"))
+    checkpoint = torch.load(path, weights_only=False)
+    for name, weights in checkpoint["state_dict"].items():
+        if name.endswith("final_layer.linear.bias"):
+            weights.fill_(torch.nan)
+    torch.save(checkpoint, path)
+    done = command("sample", "--ckpt", path, "--num", 3, "--out", "out", "--num_steps", STEPS)
+    assert done.status == 2
+    assert "diverged.ckpt with these settings draws values that are not finite" in done.err
+    assert not list(Path("out").rglob("*.png"))
+
+
 class TestMistakes:
     """Each costs one line and no folder."""
 
@@ -341,6 +354,7 @@ class TestMistakes:
             (["--guidance_scale", 2, "--profile", "x.json"], "No such file"),
             (["--guidance_scale", 2, "--guidance_interval", 0.1, 0.5, "--num_steps", 2], "num_steps=2"),
             (["--labels", "10"], "there is no class 10, the network knows 0 to 9"),
+            (["--guidance_scale", 2, "--labels", "null"], "--labels null gives none"),
             (["--labels", "cat"], "give balanced, drawn, null, a class, or classes"),
             (["--format", "jpg"], "jpg"),
             (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
