@@ -87,8 +87,8 @@ def _through(grid: Tensor, nodes: Sequence[float]) -> Tensor:
     inner = inner[inner.diff(prepend=torch.tensor([start])) > SAME_TIME]
     if len(inner) >= num_steps:
         raise ValueError(
-            f"num_steps={num_steps} from t = {start:g} to {end:g} have no node for each of {inner.tolist()}: "
-            f"take {len(inner) + 1} steps"
+            f"num_steps={num_steps} from t = {start:g} to {end:g} have no node for each of "
+            f"{', '.join(f'{node:g}' for node in inner.tolist())}: take {len(inner) + 1} steps"
         )
     distance = (inner[:, None] - grid[1:-1]).double() ** 2  # squared: the best assignment then keeps the order
     grid[1 + torch.from_numpy(linear_sum_assignment(distance)[1]).sort().values] = inner

@@ -27,8 +27,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     Returns:
         Shifted times, in the shape of ``t``.
     """
-    if not shift > 0:
-        raise ValueError(f"a shift must be positive (1 leaves time as it is), got {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"a shift must be positive and finite (1 leaves time as it is), got {shift}")
     return t / (t + shift * (1 - t))
 
 

@@ -98,7 +98,8 @@ class _Job:
         record: dict[str, Any] = {"checkpoint": one_or_all(self.checkpoints), "settings": new}
         record |= {"finished": False, "flops": COUNTED, "calls": []}
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-        there = [name for name in there if not name.endswith(PART)]
+        # a first call that was killed at once leaves nothing but its record, half written
+        there = [name for name in there if not (name.startswith(f"{RECORD}.") and name.endswith(PART))]
         if there and not file.exists():
             raise ValueError(f"--out {self.out} holds other files ({there[0]}, ...): give a new or an empty folder")
         if file.exists():
@@ -143,6 +144,11 @@ class _Job:
                             experts, labels.to(self.device), self.shape, plain["seed"], index=index,
                             solver=settings.solver, guidance=settings.guidance, grid=settings.grid,
                         )  # fmt: skip
+                    if not bool(images.isfinite().all()):
+                        raise ValueError(
+                            f"{' and '.join(self.checkpoints)} with these settings draws values that are not finite, "
+                            "which are no image: its training may have diverged"
+                        )
                     self.files.add(index, (self.to_pixels(images) if self.to_pixels else images).cpu(), labels)
                     bar.update(len(index))
             finally:

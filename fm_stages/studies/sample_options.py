@@ -170,6 +170,9 @@ class Settings:
         scale, interval, split = options.guidance_scale, options.guidance_interval, options.split
         for trained in networks:
             check_guidance(scale, trained)
+        labels = [label_rule(options.labels, trained) for trained in networks][0]
+        if scale != 1 and labels == "null":
+            raise ValueError(f"--guidance_scale {scale} moves images towards their label, and --labels null gives none")
         path = networks[0].module.path
         if options.profile:
             profile = _profile_of(options.profile, path)
@@ -191,7 +194,7 @@ class Settings:
             "navigation_share": options.navigation_share,
             "steps_before_split": int((grid < split - SAME_TIME).sum()) if split and options.num_steps else None,
             **{name: options[name] for name in same},
-            "labels": [label_rule(options.labels, trained) for trained in networks][0],
+            "labels": labels,
             "guidance_scale": scale,
             "guidance_interval": list(guidance.interval) if scale != 1 else None,
             "guidance_channels": options.guidance_channels if scale != 1 else None,

@@ -23,6 +23,9 @@ from fm_stages.training.predictions import predict_data, prediction_figure
 SMALLEST_SIDE = 32
 """Images of fewer pixels across are enlarged to this many or more."""
 
+WITHOUT_CLASSES = 8
+"""Columns of a grid of images where classes do not say it."""
+
 
 class SampleGrid(L.Callback):
     """Draws at intervals and at the end, always from the same noise, and logs to wandb what it writes.
@@ -33,7 +36,7 @@ class SampleGrid(L.Callback):
 
     Args:
         every_n_steps: optimizer steps between drawings; 0 = only at the end.
-        num_samples: images in a grid, 0 = none; classes take turns.
+        num_samples: images in a grid, to whole rows; 0 = none; classes take turns.
         num_steps: solver steps.
         seed: of the noise.
         shift: of the solver's time grid; > 1 puts more steps near noise.
@@ -135,10 +138,10 @@ class SampleGrid(L.Callback):
                 self._draw_predictions(trainer, networks)
 
     def _draw_grids(self, trainer: L.Trainer, pl_module: L.LightningModule, networks: dict[str, nn.Module]) -> None:
-        """Grids from noise, a class in each column."""
+        """Grids from noise, in which classes take turns."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         classes = max(data.num_classes, 1)
-        columns = min(classes, 10)
+        columns = min(classes, 10) if classes > 1 else min(self.num_samples, WITHOUT_CLASSES)
         num = max(self.num_samples // columns, 1) * columns
         labels = torch.arange(num, device=pl_module.device) % classes
         if data.num_classes == 0 or getattr(pl_module, "label_dropout", 0) == 1:

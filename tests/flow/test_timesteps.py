@@ -161,8 +161,8 @@ class TestRange:
             t = sampler.icdf(torch.tensor([u]))
             assert 0 <= t.item() <= LAST
 
-    @pytest.mark.parametrize("shift", [0.0, -1.0, math.nan])
-    def test_a_shift_that_is_not_positive_raises(self, shift):
+    @pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
+    def test_a_shift_that_is_not_positive_and_finite_raises(self, shift):
         with pytest.raises(ValueError, match="shift must be positive"):
             ShiftedTimesteps(shift)
         with pytest.raises(ValueError, match="shift must be positive"):

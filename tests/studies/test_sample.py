@@ -244,6 +244,13 @@ class TestResume:
                 assert_same(torch.from_numpy(found.copy()), torch.from_numpy(images.copy()))
         assert {path.name for path in Path("out").rglob("*")} == {path.name for path in Path("whole").rglob("*")}
 
+    def test_killed_before_its_record_was_whole(self, draw):
+        Path("out").mkdir()
+        Path("out/sampling.json.123.part").write_text("{")
+        done = draw("--num_steps", STEPS, "--num", 2)
+        assert done.status == 0, done.err
+        assert sorted(path.name for path in Path("out").iterdir()) == ["grid.png", "images", "sampling.json"]
+
     def test_what_is_finished_stays(self, draw):
         draw("--num_steps", STEPS)
         before = {path: path.stat().st_mtime_ns for path in Path("out/images").iterdir()}
@@ -311,6 +318,19 @@ def test_two_ranks_draw_what_one_draws(draw, ckpt, launch, tmp_path):
     assert (tmp_path / "two/grid.png").exists()
 
 
+def test_a_network_that_diverged_draws_no_files(command, write_checkpoint):
+    path = write_checkpoint(Path("diverged.ckpt"))
+    checkpoint = torch.load(path, weights_only=False)
+    for name, weights in checkpoint["state_dict"].items():
+        if name.endswith("final_layer.linear.bias"):
+            weights.fill_(torch.nan)
+    torch.save(checkpoint, path)
+    done = command("sample", "--ckpt", path, "--num", 3, "--out", "out", "--num_steps", STEPS)
+    assert done.status == 2
+    assert "diverged.ckpt with these settings draws values that are not finite" in done.err
+    assert not list(Path("out").rglob("*.png"))
+
+
 class TestMistakes:
     """Each costs one line and no folder."""
 
@@ -334,6 +354,7 @@ class TestMistakes:
             (["--guidance_scale", 2, "--profile", "x.json"], "No such file"),
             (["--guidance_scale", 2, "--guidance_interval", 0.1, 0.5, "--num_steps", 2], "num_steps=2"),
             (["--labels", "10"], "there is no class 10, the network knows 0 to 9"),
+            (["--guidance_scale", 2, "--labels", "null"], "--labels null gives none"),
             (["--labels", "cat"], "give balanced, drawn, null, a class, or classes"),
             (["--format", "jpg"], "jpg"),
             (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
@@ -355,6 +376,15 @@ class TestMistakes:
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert "holds other files (thesis.tex, ...): give a new or an empty folder" in done.err
         assert [path.name for path in Path("out").iterdir()] == ["thesis.tex"]
+
+    def test_half_written_files_of_something_else_stay(self, draw):
+        """As a browser names a download."""
+        Path("out").mkdir()
+        Path("out/film.mkv.part").write_text("half")
+        done = draw()
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "holds other files (film.mkv.part, ...)" in done.err
+        assert [path.name for path in Path("out").iterdir()] == ["film.mkv.part"]
 
     def test_a_record_of_something_else(self, draw):
         Path("out").mkdir()

@@ -85,6 +85,14 @@ class TestGrid:
         trainer.fit(module, datamodule=make_data())
         assert steps_of() == ["raw_0000001.png"]
 
+    def test_without_classes_the_grid_has_eight_columns(self, make_module, make_network, make_data, make_trainer):
+        data = make_data()
+        data.setup()
+        data.num_classes = 0
+        module = make_module(make_network(num_classes=0), label_dropout=1.0, ema_decay=0.0)
+        make_trainer(1, callbacks=[SampleGrid(num_samples=16, num_steps=1)]).fit(module, datamodule=data)
+        assert Image.open("samples/raw_0000001.png").size == (8 * 34 + 2, 2 * 34 + 2)
+
     def test_data_of_unknown_shape_is_refused_before_training(self, make_module, make_data, make_trainer):
         with pytest.raises(ValueError, match=r"`shape` \(C, H, W\) and `num_classes`"):
             make_trainer(1, callbacks=[SampleGrid()]).fit(make_module(), make_data().train_dataloader())
