@@ -22,9 +22,6 @@ PAIR, PANEL, NUMBERS, LEFT, ABOVE, BELOW = 2.25, 1.9, 5.6, 1.6, 2.4, 1.3
 COLUMNS = {"distance": 0.7, "ratio": 2.1, "memorized": 3.5, "as oracle": 5.0}
 """Numbers right of the pictures, and where."""
 
-MEMORIZED = 1 / 3
-"""Ratio of the distances to the nearest and the second nearest training image, below which a pair is framed."""
-
 FRAME = "#c1440e"
 TITLES = ("oracle until τ, then the model", "model until τ, then the oracle")
 
@@ -32,7 +29,7 @@ TITLES = ("oracle until τ, then the model", "model until τ, then the oracle")
 def handover(
     images: np.ndarray,
     nearest: np.ndarray,
-    ratios: np.ndarray,
+    memorized: np.ndarray,
     taus: Sequence[float],
     closeness: Sequence[Mapping[str, Any]],
     title: str = "",
@@ -43,7 +40,7 @@ def handover(
     Args:
         images: (2, T, K, H, W[, 3]) samples: of the oracle first, and of the model first.
         nearest: (2, T, K, H, W[, 3]) training images.
-        ratios: (2, T, K) distance to the nearest over that to the second nearest; below 1/3 the pair is framed.
+        memorized: (2, T, K) bool, whether a sample counts as memorized; the pair is then framed.
         taus: (T,) times of the hand-over.
         closeness: 2 T mappings with distance, ratio, memorized and as_oracle, in that order; last, of held-out images.
         title: of the figure.
@@ -70,8 +67,7 @@ def handover(
             _name(axes, left, y, tau, half)
             for column in range(num):
                 pair = images[half, row, column], nearest[half, row, column]
-                is_copy = ratios[half, row, column] < MEMORIZED
-                _pair(axes, pair, left + column * PAIR, y, is_copy, value_range)
+                _pair(axes, pair, left + column * PAIR, y, bool(memorized[half, row, column]), value_range)
             _numbers(axes, left + num * PAIR, y, closeness[half * num_taus + row])
     _yardstick(axes, num_taus * 1.1 + 0.6, closeness[-1])
     return figure
@@ -125,7 +121,7 @@ def _yardstick(axes: Axes, y: float, held_out: Mapping[str, Any]) -> None:
         f"Held-out images, for comparison: distance {held_out['distance']:.3f}, ratio {held_out['ratio']:.2f}, "
         f"memorized {held_out['memorized']:.0%}.   Distance: to the nearest training image, root mean square over the "
         "values, mean of all samples.\nRatio: of the distances to the nearest and the second nearest training image; "
-        "a sample below 1/3 counts as memorized, and is framed.   As oracle: share of samples whose nearest training "
-        "image is the one on which the oracle alone ends, from the same noise.",
+        "where it is small enough the sample counts as memorized, and is framed.   As oracle: share of samples whose "
+        "nearest training image is the one on which the oracle alone ends, from the same noise.",
         ha="left", va="center", fontsize=8, linespacing=1.6,
     )  # fmt: skip

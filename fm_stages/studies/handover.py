@@ -260,9 +260,9 @@ def handover_command(arguments: list[str] | None = None) -> None:
     closeness = [asdict(c) for c in found.closeness]
     (out / "handover.json").write_text(json.dumps({"settings": settings, "closeness": closeness}, indent=1) + "\n")
     title = f"{trained.weights} weights, step {trained.step}: who draws before tau, and who after it"
-    figure = plots.handover(
-        _pictures(found.images), _pictures(found.nearest), found.ratios.numpy(), found.taus, closeness, title
-    )
+    memorized = (found.ratios < MEMORIZED).numpy()
+    pictures = _pictures(found.images), _pictures(found.nearest)
+    figure = plots.handover(*pictures, memorized, found.taus, closeness, title)
     print(f"Figure and JSON: {plots.save(figure, out / 'handover.png').parent}")
 
 

@@ -16,8 +16,8 @@ def closeness() -> list[dict]:
 def test_pictures_frames_and_numbers():
     images = np.linspace(-1, 1, 2 * 3 * 2 * 4).reshape(2, 3, 2, 2, 2)
     nearest = -images
-    ratios = np.array([0.9, 0.1, 0.34, 0.33, 0.5, 0.6, 0.0, 0.7, 0.8, 0.9, 1.0, 0.95]).reshape(2, 3, 2)
-    figure = plots.handover(images, nearest, ratios, TAUS, closeness(), "title")
+    memorized = np.isin(np.arange(12), (1, 3, 6)).reshape(2, 3, 2)
+    figure = plots.handover(images, nearest, memorized, TAUS, closeness(), "title")
     (axes,) = figure.axes
     assert len(axes.images) == 2 * images[..., 0, 0].size
     shown = np.stack([np.asarray(image.get_array()) for image in axes.images])
@@ -40,5 +40,5 @@ def test_pictures_frames_and_numbers():
 
 def test_colours_and_a_saved_file(tmp_path):
     images = np.zeros((2, 3, 1, 4, 4, 3))
-    figure = plots.handover(images, images, np.ones((2, 3, 1)), TAUS, closeness())
+    figure = plots.handover(images, images, np.ones((2, 3, 1), dtype=bool), TAUS, closeness())
     assert plots.save(figure, tmp_path / "a/handover.png").stat().st_size > 1000
