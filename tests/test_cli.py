@@ -256,6 +256,14 @@ class TestInitFrom:
         assert said == ["Started from the raw weights of raw.ckpt."]
         self.assert_started_from(network_weights(checkpoint, ema=False))
 
+    def test_weights_that_fit_but_may_be_another_function_are_told(self, trained, fit, quick_figures, said):
+        """Heads share the shapes of their weights."""
+        fit(f"--init-from={trained.last}", f"{NETWORK}.num_heads=4", "--model.path=CosinePath", *self.FROZEN)
+        (line,) = said
+        assert line.startswith(f"Started from the EMA weights of {trained.last}. Careful")
+        assert "num_heads 2 there, 4 here" in line
+        assert "LinearPath there, fm_stages.flow.CosinePath here" in line
+
     def test_another_number_of_classes(self, trained, fit, quick_figures):
         fit(f"--init-from={trained.last}", f"{NETWORK}.num_classes=12", *self.FROZEN)
         weights = network_weights(read_checkpoint("new/checkpoints/last.ckpt"), ema=False)

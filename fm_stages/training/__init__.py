@@ -1,7 +1,7 @@
 """Training: the LightningModule, its targets, the callbacks, and the command line that puts them together."""
 
-from fm_stages.training.checkpoints import Checkpoints, init_from, network_weights, read_checkpoint
-from fm_stages.training.config import CONFIG_KEY, SECTIONS, TrainingCLI, config_files
+from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, network_weights, read_checkpoint
+from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
 from fm_stages.training.gap_density import GapDensity
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.loggers import choose_wandb_mode

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from fm_stages.training.loggers import is_trial
+
+CONFIG_KEY = "fm_stages_config"
+"""Where a checkpoint keeps the YAML of the run that made it."""
+
+SAME_FUNCTION = {"num_classes", "activation_checkpointing", "compile_blocks"}
+"""Arguments of networks that do not change what they compute of the same weights."""
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 """The weight whose shape depends on the number of classes."""
@@ -111,13 +119,19 @@ def network_weights(checkpoint: dict[str, Any], ema: bool) -> dict[str, Tensor] 
     return weights or None
 
 
-def init_from(network: nn.Module, path: str | Path) -> str:
+def init_from(network: nn.Module, path: str | Path, model: Mapping[str, Any] | None = None) -> str:
     """Start a network from a checkpoint's weights alone: EMA where there are some, else raw.
 
     Another number of classes is allowed: the label table then keeps its fresh values.
 
+    Args:
+        network: takes the weights.
+        path: of the checkpoint.
+        model: how ``network`` and the ``path`` between noise and data are configured here, each with ``class_path`` and
+            ``init_args``; None: not to be held against what the checkpoint says.
+
     Returns:
-        One line on what was loaded.
+        One line on what was loaded, and on what differs although the shapes fit.
 
     Raises:
         ValueError: if anything else does not fit.
@@ -144,4 +158,23 @@ def init_from(network: nn.Module, path: str | Path) -> str:
     if wrong:
         raise ValueError(f"{path} does not fit the network ({len(wrong)} weights differ), first: {wrong[0]}")
     network.load_state_dict(weights)
-    return f"Started from the {kind} weights of {path}{kept}."
+    differences = "; ".join(_differences(checkpoint, model or {}))
+    warning = f" Careful, the same weights may be another function here: {differences}." if differences else ""
+    return f"Started from the {kind} weights of {path}{kept}.{warning}"
+
+
+def _differences(checkpoint: dict[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """What the checkpoint's configuration and this one say otherwise, of network and path."""
+    text = yaml.safe_load(checkpoint.get(CONFIG_KEY, "{}"))
+    theirs = text.get("model") if isinstance(text, dict) else None
+    for part, here in model.items():
+        there = theirs.get(part) if isinstance(theirs, dict) else None
+        if not isinstance(there, dict) or not here:
+            continue
+        if there.get("class_path") != here["class_path"]:
+            yield f"{part} {there.get('class_path')} there, {here['class_path']} here"
+            continue
+        ours = here.get("init_args") or {}
+        for name, value in (there.get("init_args") or {}).items():
+            if name not in SAME_FUNCTION and name in ours and ours[name] != value:
+                yield f"{name} {value} there, {ours[name]} here"

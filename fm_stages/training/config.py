@@ -16,7 +16,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.data import ImageData
-from fm_stages.training.checkpoints import Checkpoints, checkpoint_folder, init_from, read_checkpoint
+from fm_stages.training.checkpoints import (
+    CONFIG_KEY,
+    Checkpoints,
+    checkpoint_folder,
+    init_from,
+    read_checkpoint,
+)
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
@@ -58,9 +64,6 @@ SECTIONS = (
 
 KEYWORDS = ("last", "best", "hpc")
 """Values of --ckpt_path that Lightning looks up itself."""
-
-CONFIG_KEY = "fm_stages_config"
-"""Where a checkpoint keeps the YAML of the run that made it."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -209,7 +212,8 @@ class TrainingCLI(LightningCLI):
             return
         if config.ckpt_path:
             raise ValueError("--init-from starts anew from weights, --ckpt_path resumes a run: give one of them")
-        rank_zero_info(init_from(self.model.network, config.init_from))
+        model = config.model.clone().as_dict()
+        rank_zero_info(init_from(self.model.network, config.init_from, {x: model[x] for x in ("network", "path")}))
         if self.model.network_ema is not None:
             self.model.network_ema.load_state_dict(self.model.network.state_dict())
 
