@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fm_stages.flow import EulerMaruyama, Guidance, LinearPath, heun, keyed_uniform, sample
 from fm_stages.studies import sample_files
+from tests.studies.drawn_files import assert_same, pixels_of, pngs, record
 
 NUM, STEPS = 70, 3
 LABELS = torch.arange(NUM) % 10
@@ -45,28 +46,6 @@ def expected(random_network):
         return pixels_of(sample(random_network(seed_of_weights), labels, (1, 8, 8), **settings))
 
     return draw_plainly
-
-
-def pixels_of(images: torch.Tensor) -> torch.Tensor:
-    """Written out, not by the package."""
-    return ((images.double() + 1) * 127.5).round().clamp(0, 255)
-
-
-def pngs(folder: str = "out") -> torch.Tensor:
-    files = sorted(Path(folder, "images").iterdir())
-    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(len(files))]
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))[:, None]
-
-
-def record(folder: str = "out") -> dict:
-    return json.loads(Path(folder, "sampling.json").read_text())
-
-
-def assert_same(found: torch.Tensor, images: torch.Tensor) -> None:
-    """Equal, but for values that lie within the rounding of float32 of the middle between two pixels."""
-    difference = (found.double() - images).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).double().mean() < 1e-3
 
 
 class TestImages:

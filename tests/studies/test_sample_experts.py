@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from fm_stages.flow import EulerMaruyama, Guidance, LinearPath, heun, sample, stage_grid, time_grid
 from fm_stages.networks import DiT
 from fm_stages.training import CONFIG_KEY
+from tests.studies.drawn_files import assert_same, pixels_of, pngs, record
 
 NUM, STEPS, SPLIT = 40, 6, 0.3
 LABELS = torch.arange(NUM) % 10
@@ -45,25 +44,9 @@ def expected(random_network):
     def draw_plainly(split: float = SPLIT, **settings) -> torch.Tensor:
         networks = [(0.0, random_network(1)), (split, random_network(2))]
         images = sample(networks, LABELS, (1, 8, 8), **{"num_steps": STEPS, **settings})
-        return ((images.double() + 1) * 127.5).round().clamp(0, 255)
+        return pixels_of(images)
 
     return draw_plainly
-
-
-def pngs(folder: str = "out") -> torch.Tensor:
-    files = sorted(Path(folder, "images").iterdir())
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))[:, None]
-
-
-def record(folder: str = "out") -> dict:
-    return json.loads(Path(folder, "sampling.json").read_text())
-
-
-def assert_same(found: torch.Tensor, images: torch.Tensor) -> None:
-    """Equal, but for values that lie within the rounding of float32 of the middle between two pixels."""
-    difference = (found.double() - images).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).double().mean() < 1e-3
 
 
 class TestImages:
