@@ -1,12 +1,14 @@
 """Training data: each data module says once, in `bank()`, what its training set is."""
 
 from fm_stages.data.as_pictures import Pictures, pictures_of
+from fm_stages.data.atomic_files import PART, whole_file
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 from fm_stages.data.module import ImageData
 from fm_stages.data.rows import Rows, read_rows, some_rows
 
 __all__ = [
+    "PART",
     "CIFAR10",
     "Digits",
     "EpochSampler",
@@ -22,4 +24,5 @@ __all__ = [
     "some_rows",
     "to_model_range",
     "to_pixels",
+    "whole_file",
 ]

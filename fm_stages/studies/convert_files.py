@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from fm_stages.data import whole_file
 from fm_stages.training import CONFIG_KEY
 
 Weights = dict[str, Tensor]
@@ -139,15 +139,10 @@ def write_network(path: str | Path, weights: Weights, kind: str, config: str, st
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already: choose another --out, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     prefix = "network_ema." if kind == "ema" else "network."
     named = {prefix + key: value.contiguous() for key, value in weights.items()}
-    part = path.with_name(f".{path.name}.part")  # so that a file that was cut short is never taken for a whole one
-    try:
+    with whole_file(path) as part:
         if path.suffix == ".safetensors":
             save_file(named, part, metadata={CONFIG_KEY: config, "global_step": str(step), "weights": kind})
         else:
             torch.save({"state_dict": named, CONFIG_KEY: config, "global_step": step}, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from tqdm import tqdm
 
+from fm_stages.data import PART, whole_file
 from fm_stages.flow import SAME_IMAGE, sample
 from fm_stages.oracle import together
 from fm_stages.studies.experts import check_stages, load_networks
 from fm_stages.studies.models import labels_of
 from fm_stages.studies.sample_costs import COUNTED, Meter, costs_per_image, describe_costs
-from fm_stages.studies.sample_files import FORMATS, PART, ImageFiles, whole_file
+from fm_stages.studies.sample_files import FORMATS, ImageFiles
 from fm_stages.studies.sample_options import Settings, one_or_all, parse
 from fm_stages.training import save_grid
 

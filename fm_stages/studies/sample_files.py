@@ -6,12 +6,9 @@ files alone.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fm_stages.data import whole_file
+
 SMALLEST, LARGEST, NUM_SHARDS = 32, 512, 64
 """Images of a shard, and how many shards there should be: few files, and about as many images for each rank."""
-
-PART = ".part"
-"""Ends the name of a file that is being written."""
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` once all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    yield part
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 class ImageFiles(ABC):
