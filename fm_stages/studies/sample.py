@@ -4,16 +4,15 @@ With ``--expert EARLY --expert LATE --split T`` one network draws from noise to 
 
 Image i of a seed is the same on any number of ranks and with any batch size, to 1e-5 of a value in float32, before
 rounding to pixels; with dopri5 to about its tolerance, unless --batch_size is 1. Several ranks are started with
-``torchrun --nproc_per_node 8 -m fm_stages -- sample ...``; without the ``--`` torchrun takes ``--num`` for its own.
+``torchrun --nproc_per_node 8 -m fm_stages -- sample ...`` (without the ``--`` torchrun takes ``--num`` for its own), or
+in a SLURM job by ``srun fm-stages sample ...``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fm_stages.flow import SAME_IMAGE, sample
 from fm_stages.oracle import together
 from fm_stages.studies.experts import check_stages, load_networks
 from fm_stages.studies.models import labels_of
+from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.studies.sample_costs import COUNTED, Meter, costs_per_image, describe_costs
 from fm_stages.studies.sample_files import FORMATS, ImageFiles
 from fm_stages.studies.sample_options import Settings, one_or_all, parse
@@ -43,28 +43,21 @@ def sample_command(arguments: list[str] | None = None) -> None:
         arguments: those after ``fm-stages sample``; None: of this process.
     """
     options = parse(sys.argv[2:] if arguments is None else arguments, __doc__ or "")
-    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if num_ranks > 1:
-        # ranks meet only at the start and the end, which may be days apart
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
-        _Job(options, rank, num_ranks).run()
+        with ranks_of_the_job() as job:
+            _Drawing(options, job).run()
     except KeyboardInterrupt:
         print(f"\nfm-stages: interrupted; the same command goes on with what is in {options.out}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if num_ranks > 1:
-            dist.destroy_process_group()
 
 
-class _Job:
+class _Drawing:
     """One call of the command on one rank."""
 
-    def __init__(self, options: Namespace, rank: int, num_ranks: int) -> None:
-        self.options, self.rank, self.num_ranks, self.out = options, rank, num_ranks, Path(options.out)
-        self.group = dist.group.WORLD if num_ranks > 1 else None
-        with together(self.group):
-            self.device = _device(options.device)
+    def __init__(self, options: Namespace, job: Job) -> None:
+        self.options, self.job, self.out = options, job, Path(options.out)
+        with together(job.group):
+            self.device = _device(options.device, job.local_rank)
             self.checkpoints = options.expert or [options.ckpt]
             trained = load_networks(self.checkpoints, options.weights)
             self.settings = Settings.of(options, trained)
@@ -78,19 +71,19 @@ class _Job:
                 )
             self.shape, self.num_classes = trained[0].shape, trained[0].num_classes
             self.files: ImageFiles = FORMATS[options.format](self.out, options.num, self.shape)
-            self.record = self._open() if rank == 0 else {}
+            self.record = self._open() if job.rank == 0 else {}
         self.networks = [one.network.to(self.device) for one in trained]
-        for note in notes if rank == 0 else ():
+        for note in notes if job.rank == 0 else ():
             print(f"fm-stages: note: {note}", file=sys.stderr)
 
     def run(self) -> None:
         """Draw this rank's part; rank 0 then completes the folder."""
         own = self._draw()
         parts: list[Any] = [own]
-        if self.group is not None:
-            parts = [None] * self.num_ranks
-            dist.all_gather_object(parts, own)  # also the end of all drawing
-        if self.rank == 0:
+        if self.job.group is not None:
+            parts = [None] * self.job.num_ranks
+            dist.all_gather_object(parts, own, group=self.job.group)  # also the end of all drawing
+        if self.job.rank == 0:
             self._complete(parts)
 
     def _open(self) -> dict[str, Any]:
@@ -130,12 +123,12 @@ class _Job:
         plain, settings, meter = self.settings.plain, self.settings, Meter(self.networks)
         starts = [0.0, settings.split or 0.0]  # of which one network takes the first
         experts = list(zip(starts, self.networks, strict=False))
-        missing = self.files.missing(self.rank, self.num_ranks)
-        name = "Sampling" if self.num_ranks == 1 else f"Sampling (rank 0 of {self.num_ranks})"
+        missing = self.files.missing(self.job.rank, self.job.num_ranks)
+        name = "Sampling" if self.job.num_ranks == 1 else f"Sampling (rank 0 of {self.job.num_ranks})"
         start = time.perf_counter()
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=plain["precision"] == "bf16"),
-            tqdm(total=len(missing), desc=name, unit="image", disable=self.rank > 0 or not len(missing)) as bar,
+            tqdm(total=len(missing), desc=name, unit="image", disable=self.job.rank > 0 or not len(missing)) as bar,
         ):
             try:
                 for index in missing.split(self.options.batch_size) if len(missing) else ():
@@ -167,7 +160,7 @@ class _Job:
                 "seconds": round(seconds, 3),
                 "images_per_sec": images / seconds,
                 **costs,
-                "ranks": self.num_ranks,
+                "ranks": self.job.num_ranks,
                 "batch_size": self.options.batch_size,
                 "device": _name_of(self.device),
             }
@@ -192,10 +185,9 @@ class _Job:
         return f"to {SAME_IMAGE:g} of a value before rounding to pixels, whatever the batch and the number of ranks"
 
 
-def _device(asked: str | None) -> torch.device:
+def _device(asked: str | None, local_rank: int) -> torch.device:
     """The device of this rank, which has to work."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    name = asked or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    name = asked or (f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:

@@ -4,6 +4,7 @@ from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, n
 from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
 from fm_stages.training.gap_density import GapDensity
 from fm_stages.training.held_out import HeldOut
+from fm_stages.training.launcher import find_launcher
 from fm_stages.training.loggers import choose_wandb_mode
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
@@ -53,6 +54,7 @@ __all__ = [
     "choose_wandb_mode",
     "config_files",
     "expected_floors",
+    "find_launcher",
     "init_from",
     "network_weights",
     "predict_data",

@@ -1,0 +1,28 @@
+"""Who started this process beside others: torchrun, srun, or nobody."""
+
+from __future__ import annotations
+
+import os
+
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+
+def find_launcher() -> ClusterEnvironment | None:
+    """The launcher whose ranks this process is one of, as Lightning knows it; None: nobody that is looked for here.
+
+    Lightning takes any process of a job with several tasks for a rank, also the one of a batch script or of a shell
+    inside salloc, which then waits for others that nobody starts. Only srun numbers the tasks of a step.
+
+    Raises:
+        RuntimeError: where srun was given --ntasks without --ntasks-per-node.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return SLURMEnvironment(auto_requeue=False)  # else Lightning saves a checkpoint inside its signal handler
+    return LightningEnvironment() if "SLURM_JOB_ID" in os.environ else None
