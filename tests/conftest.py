@@ -96,6 +96,21 @@ def launch() -> Callable[..., list]:
     return start
 
 
+@pytest.fixture(scope="session")
+def write_vae() -> Callable[..., Path]:
+    """Saves a small AutoencoderKL with random weights: latents of 4 channels, a fourth of the image's side."""
+
+    def write(folder: Path, seed: int = 0, **config) -> Path:
+        from diffusers import AutoencoderKL
+
+        torch.manual_seed(seed)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        AutoencoderKL(**blocks, block_out_channels=(8, 8, 16), norm_num_groups=8, **config).save_pretrained(folder)
+        return folder
+
+    return write
+
+
 def is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

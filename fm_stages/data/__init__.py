@@ -6,9 +6,11 @@ from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 from fm_stages.data.module import ImageData
 from fm_stages.data.rows import Rows, read_rows, some_rows
+from fm_stages.data.vae import VAE, load_vae
 
 __all__ = [
     "PART",
+    "VAE",
     "CIFAR10",
     "Digits",
     "EpochSampler",
@@ -19,6 +21,7 @@ __all__ = [
     "LabelledImages",
     "Pictures",
     "Rows",
+    "load_vae",
     "pictures_of",
     "read_rows",
     "some_rows",
