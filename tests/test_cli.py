@@ -395,7 +395,13 @@ MISTAKES = {
     "batch that does not divide": (
         "arguments",
         ["--trainer.accumulate_grad_batches=3"],
-        "batch_size=64 .* 3 accumulated micro-batches: choose a multiple of 3",
+        "batch_size=64 .* 1 ranks times 3 accumulated micro-batches: 63 and 66 do",
+    ),
+    "micro-batches of nothing": ("arguments", ["--data.init_args.micro_batch_size=0"], "micro_batch_size=0 must be 1"),
+    "two accumulations": (
+        "arguments",
+        ["--trainer.accumulate_grad_batches=3", "--data.init_args.micro_batch_size=32"],
+        "accumulate_grad_batches=3 is given, and micro_batch_size=32, from which 2 follows: leave one of them out",
     ),
     "batches repeated": ("arguments", ["--trainer.overfit_batches=2"], "overfit_batches=2 .* use limit_train_batches"),
     # the Trainer

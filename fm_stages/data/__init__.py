@@ -2,6 +2,7 @@
 
 from fm_stages.data.as_pictures import Pictures, pictures_of
 from fm_stages.data.atomic_files import PART, whole_file
+from fm_stages.data.batches import describe_shares
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 from fm_stages.data.module import ImageData
@@ -21,6 +22,7 @@ __all__ = [
     "LabelledImages",
     "Pictures",
     "Rows",
+    "describe_shares",
     "load_vae",
     "pictures_of",
     "read_rows",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from fm_stages.data.batches import check_shares
 from fm_stages.flow import keyed_generator
 
 SCALE, SHIFT = 2 / 255, -1.0
@@ -123,11 +124,7 @@ class EpochSampler(DistributedSampler):
             raise ValueError(
                 f"batch_size={batch_size} must lie between 1 and the number of training images, {len(dataset)}"
             )
-        if batch_size % (num_replicas * accumulation):
-            raise ValueError(
-                f"batch_size={batch_size} images per optimizer step do not divide into {num_replicas} ranks times "
-                f"{accumulation} accumulated micro-batches: choose a multiple of {num_replicas * accumulation}"
-            )
+        check_shares(batch_size, num_replicas, accumulation)
         self.num_images, self.batch_size, self.flip, self.accumulation = len(dataset), batch_size, flip, accumulation
         self.place = place
         self.start = 0

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fm_stages.data.batches import accumulate, recount
 from fm_stages.data.loading import SCALE, SHIFT, EpochSampler, HeldOutSampler, LabelledImages, to_pixels
 from fm_stages.oracle import DataBank, plan_bank, together
 
@@ -57,6 +58,9 @@ class ImageData(L.LightningDataModule):
         seed: of the order and the flips.
         num_workers: processes that load batches; the images are in memory, so 0 is fast.
         shard_bank: whether each rank holds a part of the bank instead of a copy; None: where copies would be large.
+        micro_batch_size: most images that a rank takes at once. The Trainer then accumulates over as few equal
+            micro-batches as that allows, and its ``val_check_interval`` and ``limit_train_batches`` count optimizer
+            steps; None: as its ``accumulate_grad_batches`` says.
 
     Raises:
         ValueError: if an argument lies outside its range.
@@ -76,6 +80,7 @@ class ImageData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         shard_bank: bool | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -84,8 +89,12 @@ class ImageData(L.LightningDataModule):
                 f"batch_size={batch_size} and val_batch_size={val_batch_size} must be 1 or more, "
                 f"num_workers={num_workers} 0 or more"
             )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size} must be 1 or more, or null for no limit")
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.flip, self.seed, self.num_workers, self.shard_bank = flip, seed, num_workers, shard_bank
+        self.micro_batch_size = micro_batch_size
+        self._accumulating: L.Trainer | None = None
         self._train: LabelledImages | None = None
         self._val: LabelledImages | None = None
         self._bank: DataBank | None = None
@@ -104,7 +113,8 @@ class ImageData(L.LightningDataModule):
 
         Raises:
             FileNotFoundError: if the files are not there.
-            ValueError: if a split is empty, a label lies outside the classes, or the Trainer has overfit_batches.
+            ValueError: if a split is empty, a label lies outside the classes, or the Trainer has overfit_batches, or
+                accumulates otherwise than follows from micro_batch_size.
         """
         if overfit := getattr(self.trainer, "overfit_batches", 0):
             raise ValueError(
@@ -113,6 +123,9 @@ class ImageData(L.LightningDataModule):
             )
         if stage == "fit":  # a checkpoint's place, if there is one, comes after this
             self._resumed = {"epoch": 0, "samples": 0, "batches": 0}
+            if self.trainer and self.micro_batch_size and self.trainer is not self._accumulating:
+                accumulate(self.trainer, self.batch_size, self.micro_batch_size)
+                self._accumulating = self.trainer
         if self._train is not None:
             return
         splits = self.read()
@@ -199,6 +212,19 @@ class ImageData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the place of a checkpoint."""
         self._resumed = dict(state_dict)
+
+    def recount(self, checkpoint: dict[str, Any]) -> None:
+        """Count the micro-batches of a checkpoint as this run's, where it accumulates otherwise than the last one.
+
+        For ``LightningModule.on_load_checkpoint``, which comes before `load_state_dict` and before Lightning reads its
+        counts. Without it, and inside an optimizer step, another accumulation is refused.
+        """
+        place = checkpoint.get(type(self).__qualname__, {})
+        if self.trainer is None or place.get("accumulation", new := self.trainer.accumulate_grad_batches) == new:
+            return
+        more = recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], place["accumulation"], new)
+        if more is not None:
+            place.update(accumulation=new, batches=place["batches"] + more)
 
     def _memory_per_rank(self) -> int:
         """Memory where this rank's bank will lie."""

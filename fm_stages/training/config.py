@@ -15,7 +15,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.data import ImageData
+from fm_stages.data import ImageData, describe_shares
 from fm_stages.training.checkpoints import (
     CONFIG_KEY,
     Checkpoints,
@@ -204,6 +204,8 @@ class TrainingCLI(LightningCLI):
         self._check()
         if isinstance(self.datamodule, ImageData):
             self.datamodule.train_dataloader()  # refuses a batch size that does not fit the data
+            shares = self.datamodule.batch_size, self.trainer.world_size, self.trainer.accumulate_grad_batches
+            rank_zero_info(describe_shares(*shares))
         try:
             self.model.configure_optimizers()
         except ValueError as error:

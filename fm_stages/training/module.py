@@ -130,8 +130,11 @@ class FlowMatching(L.LightningModule):
             )  # anew in a second fit: the data may be other data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember which step the weights are of: Lightning forgets it in ``validate``."""
+        """Remember which step the weights are of, for Lightning forgets it in ``validate``; count its batches anew."""
         self.loaded_step = int(checkpoint.get("global_step", 0))
+        data = getattr(self._trainer, "datamodule", None)  # there is no Trainer in `load_from_checkpoint`
+        if (recount := getattr(data, "recount", None)) is not None:
+            recount(checkpoint)
 
     def on_fit_start(self) -> None:
         """Bring the bank to where the queries will be; measure nearest neighbours if that spares more work."""

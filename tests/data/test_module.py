@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 from fm_stages.data import ImageData
 from fm_stages.data.module import Splits
@@ -45,6 +46,13 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Recounting(Recorder):
+    """As `FlowMatching` does."""
+
+    def on_load_checkpoint(self, checkpoint) -> None:
+        self.trainer.datamodule.recount(checkpoint)
+
+
 class SaveAt(pl.Callback):
     """Saves once, in the given hook of the given step or, with a fraction, of a micro-batch inside the step."""
 
@@ -66,8 +74,17 @@ class SaveAt(pl.Callback):
         self._save(trainer, "epoch end")
 
 
-def fit(ckpt_path=None, callbacks=(), accumulation=1, limit="epochs", reads_estimate=False, data=None, **kwargs):
-    module = Recorder(reads_estimate)
+def fit(
+    ckpt_path=None,
+    callbacks=(),
+    accumulation=1,
+    limit="epochs",
+    reads_estimate=False,
+    data=None,
+    module=Recorder,
+    **kwargs,
+):
+    module = module(reads_estimate)
     limits = {"max_epochs": 4} if limit == "epochs" else {"max_epochs": None, "max_steps": 4 * STEPS}
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -148,6 +165,43 @@ class TestResume:
             fit(tmp_path / "a.ckpt", data=Noise(batch_size=6, seed=1, flip=True))
         with pytest.raises(ValueError, match="accumulation was 1 and is 2"):
             fit(tmp_path / "a.ckpt", accumulation=2)
+
+    @pytest.mark.parametrize(("old", "new"), [(1, 2), (4, 1)])
+    @pytest.mark.parametrize("limit", ["epochs", "steps"])
+    @pytest.mark.parametrize(
+        ("hook", "step", "options"),
+        [
+            ("batch end", STEPS + 2, {"reads_estimate": True}),
+            ("batch end", 2 * STEPS, {"limit_val_batches": 0}),
+            ("validation end", STEPS + 4, {"val_check_interval": 3, "check_val_every_n_epoch": None}),
+            ("epoch end", 2 * STEPS, {}),
+        ],
+    )
+    def test_other_accumulation_goes_on_with_the_same_steps(self, tmp_path, old, new, limit, hook, step, options):
+        """On another number of ranks another accumulation follows: steps keep their images, and validations theirs."""
+        options = {"limit": limit, "module": Recounting, **options}
+        found = []
+        for first in (old, new):
+            callbacks = [SaveAt(tmp_path / "a.ckpt", hook, step)]
+            fit(
+                data=Noise(batch_size=BATCH, flip=True, micro_batch_size=BATCH // first), callbacks=callbacks, **options
+            )
+            validated: list[int] = []
+            callbacks = [
+                LambdaCallback(on_validation_start=lambda trainer, _, v=validated: v.append(trainer.global_step))
+            ]
+            data = Noise(batch_size=BATCH, flip=True, micro_batch_size=BATCH // new)
+            found.append((fit(tmp_path / "a.ckpt", callbacks, data=data, **options), validated))
+        assert len(found[0][0]) == (4 * STEPS - step) * new
+        assert found[0] == found[1]
+
+    def test_a_limited_batch_is_accumulated(self):
+        data = Noise(batch_size=BATCH, flip=True, micro_batch_size=1)
+        whole = fit(data=data)
+        assert {len(index) for _, index, _ in whole} == {1}
+        steps = [[i for s, index, _ in whole if s == step for i in index] for step in range(4 * STEPS)]
+        assert steps == [index for _, index, _ in fit()]
+        assert fit(data=data) == whole  # under a second Trainer
 
     def test_other_batches_from_the_next_epoch_on(self, tmp_path):
         fit(callbacks=[SaveAt(tmp_path / "a.ckpt", "batch end", 2 * STEPS)])
