@@ -7,6 +7,7 @@ from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
 from fm_stages.data.module import ImageData
 from fm_stages.data.rows import Rows, read_rows, some_rows
+from fm_stages.data.statistics import channel_statistics, write_statistics
 from fm_stages.data.vae import VAE, load_vae
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LabelledImages",
     "Pictures",
     "Rows",
+    "channel_statistics",
     "describe_shares",
     "load_vae",
     "pictures_of",
@@ -30,4 +32,5 @@ __all__ = [
     "to_model_range",
     "to_pixels",
     "whole_file",
+    "write_statistics",
 ]
