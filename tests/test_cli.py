@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +212,24 @@ class TestCheckpoints:
         assert all(torch.equal(x, parts["state_dict"][name]) for name, x in whole["state_dict"].items())
         assert [line["step"] for line in metrics() if "train/loss" in line] == [2, 3]
         assert "training, navigation" in done.out
+
+    def test_a_job_that_is_started_again(self, fit, command, trained, quick_figures, monkeypatch, caplog):
+        """One command each time: it begins with weights from elsewhere, is stopped, and goes on with its own."""
+        again = (f"--init-from={trained.last}", "--ckpt_path=last")
+        with monkeypatch.context() as patch:
+            stop = lambda module, *_: os.kill(os.getpid(), signal.SIGUSR1)  # noqa: E731
+            patch.setattr("fm_stages.training.FlowMatching.on_train_batch_start", stop)
+            first = command("fit", "--config", DIGITS, *TINY, "--trainer.logger=CSVLogger", *again)
+        assert first.status == 75
+        assert "last.ckpt yet: the run starts at step 0" in caplog.text
+        assert f"Started from the EMA weights of {trained.last}" in caplog.text
+        assert "SIGUSR1: stopped after step 1." in caplog.text
+        caplog.clear()
+        fit(*again)
+        assert "Started from" not in caplog.text
+        assert read_checkpoint(LAST)["global_step"] == 4
+        for version, steps in ((0, [0]), (1, [1, 2, 3])):  # a table for each start, and no step lost or twice
+            assert [x["step"] for x in metrics(RUN / f"version_{version}") if "train/loss" in x] == steps
 
     def test_validate_measures_the_checkpoint(self, trained, command, quick_figures):
         (logged,) = (line for line in metrics(trained.run) if "val/loss" in line and line["step"] >= 3)
@@ -421,7 +441,7 @@ MISTAKES = {
     "foreign weights": ("arguments", ["--init-from=foreign.ckpt"], "foreign.ckpt is not a checkpoint that can be read"),
     "someone's weights": ("arguments", ["--ckpt_path=other.ckpt"], "other.ckpt is not a checkpoint of fm-stages"),
     "bare weights": ("arguments", ["--ckpt_path=bare.ckpt"], "bare.ckpt"),
-    "two checkpoints": ("arguments", ["--init-from=other.ckpt", "--ckpt_path=last"], "give one of them"),
+    "two checkpoints": ("arguments", ["--init-from=other.ckpt", "--ckpt_path=best"], "give one of them"),
 }
 
 

@@ -10,6 +10,7 @@ from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
 from fm_stages.training.predictions import Predictions, predict_data, prediction_figure, times_around
+from fm_stages.training.preemption import Preempted, Preemption
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid, save_grid
 from fm_stages.training.stages import expected_floors
@@ -40,6 +41,8 @@ __all__ = [
     "OracleMonitor",
     "OracleTarget",
     "Policy",
+    "Preempted",
+    "Preemption",
     "Predictions",
     "SampleGrid",
     "SharedBatchTarget",

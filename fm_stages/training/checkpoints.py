@@ -63,15 +63,15 @@ class Checkpoints(ModelCheckpoint):
         """Save the best as `ModelCheckpoint` does, and last.ckpt also where this is not the best."""
         super().on_validation_end(trainer, pl_module)
         if self._every_n_train_steps == 0 and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last(trainer)
+            self.write_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let last.ckpt be the last step, also of a run that ends between two checkpoints."""
-        if not is_trial(trainer):
-            self._save_last(trainer)
+        self.write_last(trainer)
 
-    def _save_last(self, trainer: L.Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step:
+    def write_last(self, trainer: L.Trainer) -> None:
+        """Write last.ckpt, unless it is of this step already or the run is a trial."""
+        if not is_trial(trainer) and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -23,10 +24,13 @@ from fm_stages.training.checkpoints import (
     init_from,
     read_checkpoint,
 )
+from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.preemption import Preemption
 from fm_stages.training.progress import StepProgressBar
+from fm_stages.training.resume import LAST, SameStart, find_last
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
@@ -43,6 +47,7 @@ HARMLESS = (
     "Found .* module.s. in eval mode",  # the frozen twin
     "The '.*' does not have many workers",  # the images are in memory
     "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning on new versions of torch
+    "The `srun` command is available",  # `find_launcher` knows
 )
 """Warnings that say nothing to the person who reads the log of a run."""
 
@@ -77,6 +82,8 @@ class RunConfig(SaveConfigCallback):
         """The configuration; what follows from the run's folder is left to follow from another one's as well."""
         config = self.config.clone()
         root = config.trainer.default_root_dir
+        if config.ckpt_path == str(Path(config.checkpoints.dirpath) / LAST):
+            config.ckpt_path = "last"
         if config.checkpoints.dirpath == checkpoint_folder(root):
             config.checkpoints.dirpath = None
         for arguments in logger_arguments(config):
@@ -182,8 +189,10 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the logger the run's folder, and wandb a mode that cannot block."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        # known before the Trainer looks for `--ckpt_path last`, which is before any callback's set-up
+        # known before any callback's set-up, for `--ckpt_path last`
         config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
+        if self.subcommand == "fit" and config.ckpt_path == "last":
+            config.ckpt_path = find_last(config.checkpoints.dirpath)
         if any(logger.class_path.endswith("WandbLogger") for logger in loggers_of(config)):
             rank_zero_info(f"wandb: {choose_wandb_mode()}")
         for arguments in logger_arguments(config):
@@ -191,12 +200,23 @@ class TrainingCLI(LightningCLI):
                 arguments["save_dir"] = config.trainer.default_root_dir
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        """The Trainer; with one progress bar for the run, and checkpoints and bar only where they are wanted."""
+        """The Trainer among the ranks that were started; with one progress bar for the run.
+
+        Checkpoints, what they do on pre-emption, and the bar are only there where they are wanted.
+        """
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
+        callbacks = [SameStart(), *callbacks, *(Preemption(c) for c in callbacks if isinstance(c, Checkpoints))]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, StepProgressBar()]
-        return super()._instantiate_trainer(config, callbacks)
+        given, launcher = config.get("plugins") or [], find_launcher()
+        plugins = given if isinstance(given, list) else [given]
+        if launcher is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins = [*plugins, launcher]
+        trainer = super()._instantiate_trainer({**config, "plugins": plugins}, callbacks)
+        if launcher is not None:
+            check_num_ranks(trainer, launcher)
+        return trainer
 
     def before_fit(self) -> None:
         """Find mistakes before a logger or a folder is made; load the weights that --init-from names."""
@@ -213,6 +233,8 @@ class TrainingCLI(LightningCLI):
         if not config.init_from:
             return
         if config.ckpt_path:
+            if Path(config.ckpt_path) == Path(config.checkpoints.dirpath) / LAST:
+                return  # a job that SLURM starts again: it began with these weights, and has gone on since
             raise ValueError("--init-from starts anew from weights, --ckpt_path resumes a run: give one of them")
         model = config.model.clone().as_dict()
         rank_zero_info(init_from(self.model.network, config.init_from, {x: model[x] for x in ("network", "path")}))
@@ -243,7 +265,11 @@ class TrainingCLI(LightningCLI):
             raise ValueError("val_check_interval=0 is no interval: give steps, or set limit_val_batches to 0")
         path = self.config[self.subcommand].ckpt_path
         if path and path not in KEYWORDS:
-            self._check_checkpoint(path, read_checkpoint(path))
+            checkpoint = read_checkpoint(path)
+            self._check_checkpoint(path, checkpoint)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SameStart):
+                    callback.step = checkpoint["global_step"]
         self.datamodule.trainer = self.trainer  # what it refuses depends on ranks and accumulation
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)

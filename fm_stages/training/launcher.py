@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import lightning as L
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -26,3 +27,19 @@ def find_launcher() -> ClusterEnvironment | None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return SLURMEnvironment(auto_requeue=False)  # else Lightning saves a checkpoint inside its signal handler
     return LightningEnvironment() if "SLURM_JOB_ID" in os.environ else None
+
+
+def check_num_ranks(trainer: L.Trainer, launcher: ClusterEnvironment) -> None:
+    """Refuse a Trainer that counts on other ranks than were started: each would train alone, or wait for ever.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    if isinstance(launcher, LightningEnvironment):
+        return  # which starts as many as the Trainer wants
+    num_ranks, devices, nodes = launcher.world_size(), trainer.num_devices, trainer.num_nodes
+    if devices * nodes != num_ranks:
+        raise ValueError(
+            f"--trainer.devices {devices} (on each node) times --trainer.num_nodes {nodes} are not the {num_ranks} "
+            "ranks that were started: give both, as the files in configs/cluster do"
+        )
