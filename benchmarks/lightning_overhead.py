@@ -31,7 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 from training_run import add_config_options, from_config, parts
 
-from fm_stages.data import ImageData
+from fm_stages.data import TrainingData
 from fm_stages.flow import keyed_normal, keyed_uniform, stratified_uniform
 from fm_stages.training import FlowMatching
 
@@ -54,7 +54,7 @@ class BareLoop:
         clip: largest norm of the gradient.
     """
 
-    def __init__(self, module: FlowMatching, data: ImageData, clip: float) -> None:
+    def __init__(self, module: FlowMatching, data: TrainingData, clip: float) -> None:
         self.settings, self.clip = module, clip
         self.network = copy.deepcopy(module.network).train()
         self.average = copy.deepcopy(module.network_ema)
@@ -100,7 +100,7 @@ class BareLoop:
         return (settings.weighting(t) * (prediction - target).square().flatten(1).mean(1)).mean()
 
     @staticmethod
-    def _batches(data: ImageData) -> Iterator[dict[str, Tensor]]:
+    def _batches(data: TrainingData) -> Iterator[dict[str, Tensor]]:
         loader: Any = data.train_dataloader()
         epoch = 0
         while True:

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from fm_stages.data import ImageData
+from fm_stages.data import TrainingData
 from fm_stages.training import FlowMatching, TrainingCLI
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist_dit.yaml"
@@ -57,8 +57,8 @@ def from_config(config: str, overrides: list[str], trainer: dict[str, Any], fold
     return cli
 
 
-def parts(cli: TrainingCLI) -> tuple[FlowMatching, ImageData, L.Trainer]:
+def parts(cli: TrainingCLI) -> tuple[FlowMatching, TrainingData, L.Trainer]:
     """What `from_config` made, with types."""
     assert isinstance(cli.model, FlowMatching)
-    assert isinstance(cli.datamodule, ImageData)
+    assert isinstance(cli.datamodule, TrainingData)
     return cli.model, cli.datamodule, cli.trainer

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torchvision
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes, make_dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fm_stages.data.module import ImageData, Splits, available_memory_bytes
+from fm_stages.data.module import available_memory_bytes, is_first_rank
+from fm_stages.data.pixels import ImageData, Splits
 from fm_stages.flow import keyed_generator
 
 _DATA_DIR = "FM_STAGES_DATA"
@@ -260,8 +260,6 @@ def decode(files: list[str], image_size: int) -> Tensor:
 
     with ThreadPoolExecutor() as pool:  # PIL frees the interpreter lock while it decodes
         work = pool.map(decode_one, range(len(files)))
-        for _ in tqdm(
-            work, "Decoding images", len(files), unit="image", disable=getattr(rank_zero_only, "rank", 0) != 0
-        ):
+        for _ in tqdm(work, "Decoding images", len(files), unit="image", disable=not is_first_rank()):
             pass
     return images

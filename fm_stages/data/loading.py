@@ -1,11 +1,13 @@
-"""From labelled images in memory to batches: what a bank row is, and which rows make which batch on which rank.
+"""From labelled rows to batches: what a bank row is, and which rows make which batch on which rank.
 
 A *bank row* is i for training image i and N + i for its horizontal flip. Batches are planned for all ranks at once: a
 global batch is what one optimizer step sees, and a rank takes its part of it by position, so that neither the number of
 ranks nor a restart in the middle of an epoch changes what any step is trained on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,19 +30,110 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.float() - SHIFT) / SCALE).round().clamp(0, 255).to(torch.uint8)
 
 
-class LabelledImages(Dataset):
-    """Images with labels, read a whole batch at once: an item is the pair (rows, positions) that a sampler yields.
+class Planned(NamedTuple):
+    """What a sampler yields: the rows of a micro-batch of one rank.
+
+    Attributes:
+        rows: (B,) int64, of the bank; of held-out images their numbers.
+        positions: (B,) int64, places in the global batch; of held-out images their numbers.
+        step: tells the global batches of all epochs apart; of held-out images 0.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    step: int = 0
+
+
+class LabelledRows(Dataset, ABC):
+    """N images in the form that a bank holds them, with labels, read a whole batch at once: an item is a `Planned`.
+
+    What the network sees of stored values is ``scale * stored + shift`` in float32, with the bits that the bank gives.
+
+    Args:
+        shape: of a row as it is stored; of moments (2, C, H, W), a mean and a std.
+        dtype: of stored values.
+        labels: (N,) int64, in [0, num_classes); None without.
+        num_classes: number of classes, those without an image included.
+        in_bank: whether the rows are rows of the bank, i.e. this is the training set. Batches of held-out images carry
+            no ``index``: an oracle that is given one takes the row for the query's own.
+        scale: a number, or a tensor that broadcasts to a row.
+        shift: likewise.
+
+    Raises:
+        ValueError: if a label lies outside its range.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        labels: Tensor | None,
+        num_classes: int,
+        in_bank: bool = True,
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+    ) -> None:
+        if labels is not None:
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= num_classes:
+                raise ValueError(
+                    f"labels must lie in [0, {num_classes}), the number of classes; they span [{low}, {high}]"
+                )
+        self.shape, self.dtype, self.labels, self.num_classes, self.in_bank = shape, dtype, labels, num_classes, in_bank
+        self.scale, self.shift = scale, shift
+
+    @property
+    def is_moments(self) -> bool:
+        """Whether a row is a distribution, from which x1 is drawn anew each time."""
+        return len(self.shape) == 4
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, flips not counted."""
+
+    @abstractmethod
+    def stored(self, index: Tensor) -> Tensor:
+        """Bank rows (B,) int64 as they are stored: (B, *shape), memory of their own.
+
+        Raises:
+            IndexError: if a row lies outside [0, 2 N).
+        """
+
+    def x1(self, item: Planned) -> Tensor:
+        """What the network sees of a micro-batch: (B, ...) float32."""
+        # in place: new memory for each operation would take longer than the operations
+        return self.stored(item.rows).float().mul_(self.scale).add_(self.shift)
+
+    def labels_of(self, index: Tensor) -> Tensor:
+        """Labels of bank rows (B,): (B,) int64; -1 without."""
+        return torch.full_like(index, -1) if self.labels is None else self.labels[index % len(self)]
+
+    def check_index(self, index: Tensor) -> None:
+        """Raise IndexError if a row lies outside [0, 2 N)."""
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < 2 * len(self):
+            raise IndexError(f"rows must lie in [0, {2 * len(self)}); they span [{index.min()}, {index.max()}]")
+
+    def __getitem__(self, item: Planned | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The planned batch: x1, labels, position and, if in_bank, index."""
+        item = Planned(*item)
+        batch = {"x1": self.x1(item), "labels": self.labels_of(item.rows), "position": item.positions}
+        return {**batch, "index": item.rows} if self.in_bank else batch
+
+
+class LabelledImages(LabelledRows):
+    """Images in memory, as 8-bit pixels.
 
     Args:
         images: (N, C, H, W) uint8.
         labels: (N,) int64, in [0, num_classes).
         num_classes: number of classes, those without an image included.
-        in_bank: whether the rows are rows of the bank, i.e. this is the training set. Batches of held-out images carry
-            no ``index``: an oracle that is given one takes the row for the query's own.
+        in_bank: whether this is the training set; see `LabelledRows`.
 
     Raises:
         ValueError: if there is no image, a dtype or a shape is wrong, or a label lies outside its range.
     """
+
+    labels: Tensor
 
     def __init__(self, images: Tensor, labels: Tensor, num_classes: int, in_bank: bool = True) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
@@ -52,36 +145,22 @@ class LabelledImages(Dataset):
                 f"need one int64 label for each of the {len(images)} images; got {labels.dtype} of shape "
                 f"{tuple(labels.shape)}"
             )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must lie in [0, {num_classes}), the number of classes; they span [{low}, {high}]")
-        self.images, self.labels, self.num_classes, self.in_bank = images, labels, num_classes, in_bank
+        super().__init__(tuple(images.shape[1:]), torch.uint8, labels, num_classes, in_bank, SCALE, SHIFT)
+        self.images = images
 
     def __len__(self) -> int:
         """Number of images, flips not counted."""
         return len(self.images)
 
-    def pixels(self, index: Tensor) -> Tensor:
-        """Images of bank rows (B,) int64 as they are held: (B, C, H, W) uint8.
-
-        Raises:
-            IndexError: if a row lies outside [0, 2 N).
-        """
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < 2 * len(self):
-            raise IndexError(f"rows must lie in [0, {2 * len(self)}); they span [{index.min()}, {index.max()}]")
+    def stored(self, index: Tensor) -> Tensor:
+        """Pixels of bank rows (B,): (B, C, H, W) uint8. See `LabelledRows.stored`."""
+        self.check_index(index)
         x = self.images[index % len(self)]
         return torch.where((index >= len(self)).view(-1, 1, 1, 1), x.flip(-1), x)
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network sees of bank rows (B,): (B, C, H, W) float32 in [-1, 1], and labels (B,). See `pixels`."""
-        return to_model_range(self.pixels(index)), self.labels[index % len(self)]
-
-    def __getitem__(self, item: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The batch of the pair (rows, positions), each (B,) int64: x1, labels, position and, if in_bank, index."""
-        index, position = item
-        x1, labels = self.rows(index)
-        batch = {"x1": x1, "labels": labels, "position": position}
-        return {**batch, "index": index} if self.in_bank else batch
+        """What the network sees of bank rows (B,): (B, C, H, W) float32 in [-1, 1], and labels (B,)."""
+        return self.x1(Planned(index, index)), self.labels[index % len(self)]
 
 
 class EpochSampler(DistributedSampler):
@@ -109,7 +188,7 @@ class EpochSampler(DistributedSampler):
 
     def __init__(
         self,
-        dataset: LabelledImages,
+        dataset: LabelledRows,
         batch_size: int,
         *,
         flip: bool = False,
@@ -144,8 +223,8 @@ class EpochSampler(DistributedSampler):
         """Micro-batches of a full epoch on this rank, wherever the iteration starts."""
         return self.num_images // self.batch_size * self.accumulation
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of bank rows and positions in the global batch, each (b,) int64."""
+    def __iter__(self) -> Iterator[Planned]:
+        """Bank rows and positions in the global batch, each (b,) int64."""
         epoch, start = self.place() if self.place else (self.epoch, self.start)
         if start % self.micro_batch_size:
             raise ValueError(
@@ -159,7 +238,8 @@ class EpochSampler(DistributedSampler):
         for micro_batch in range(start // self.micro_batch_size, len(self)):
             step, m = divmod(micro_batch, self.accumulation)
             positions = (m * self.num_replicas + self.rank) * local + torch.arange(local)
-            yield rows[step * self.batch_size + positions], positions
+            number = epoch * (self.num_images // self.batch_size) + step
+            yield Planned(rows[step * self.batch_size + positions], positions, number)
 
 
 class HeldOutSampler(DistributedSampler):
@@ -178,7 +258,7 @@ class HeldOutSampler(DistributedSampler):
         ValueError: if batch_size or N is smaller than the number of ranks.
     """
 
-    def __init__(self, dataset: LabelledImages, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, dataset: LabelledRows, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
         if min(len(dataset), batch_size) < num_replicas:
             raise ValueError(
@@ -192,7 +272,7 @@ class HeldOutSampler(DistributedSampler):
         """Batches on this rank, and on each other."""
         return self.num_batches
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of rows and positions: both are the number of the held-out image, (b,) int64."""
+    def __iter__(self) -> Iterator[Planned]:
+        """Rows and positions: both are the number of the held-out image, (b,) int64."""
         parts = torch.arange(self.num_images).tensor_split(self.num_batches * self.num_replicas)
-        return ((part, part) for part in parts[self.rank :: self.num_replicas])
+        return (Planned(part, part) for part in parts[self.rank :: self.num_replicas])

@@ -1,4 +1,4 @@
-"""The data module that all image data sets share: batches, bank, and the place in the data that a restart needs."""
+"""What all data modules share: batches, bank, and the place in the data that a restart needs."""
 
 import math
 import os
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from fm_stages.data.batches import accumulate, recount
-from fm_stages.data.loading import SCALE, SHIFT, EpochSampler, HeldOutSampler, LabelledImages, to_pixels
-from fm_stages.oracle import DataBank, plan_bank, together
+from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledRows
+from fm_stages.oracle import DataBank, GaussianMixtureBank, RowReader, plan_bank, together
 
 
 class _ResumableLoader(DataLoader):
@@ -28,35 +29,34 @@ class _ResumableLoader(DataLoader):
         pass
 
 
-class Splits(NamedTuple):
-    """What a data set's files hold: images (N, C, H, W) uint8, labels (N,) int64, and the names of the classes."""
+class Opened(NamedTuple):
+    """What a data set holds: its training rows, its held-out ones, and the names of the classes."""
 
-    train_images: Tensor
-    train_labels: Tensor
-    val_images: Tensor
-    val_labels: Tensor
+    train: LabelledRows
+    val: LabelledRows
     class_names: Sequence[str]
 
 
-class ImageData(L.LightningDataModule):
-    """Base of the image data sets, which differ only in what they `read`.
+class TrainingData(L.LightningDataModule):
+    """Base of all data modules: they differ in what they `open`, and in how its rows become pixels.
 
-    All images are held as one uint8 tensor, preprocessed without randomness; the only augmentation is the horizontal
-    flip, because the bank can hold flips as rows of their own. Any other would make the oracle inexact.
+    The only augmentation is the horizontal flip, because the bank can hold flips as rows of their own. Any other would
+    make the oracle inexact.
 
-    A training batch is a dict: ``x1`` (B, C, H, W) float32 in [-1, 1], ``labels`` (B,) int64, ``index`` (B,) int64, the
-    rows in the bank, and ``position`` (B,) int64, the places in the global batch. A held-out batch has no ``index``,
-    and its ``position`` is the number of the held-out image.
+    A training batch is a dict: ``x1`` (B, C, H, W) float32, what the network sees, ``labels`` (B,) int64, -1
+    without, ``index`` (B,) int64, the rows in the bank, and ``position`` (B,) int64, the places in the global batch. A
+    held-out batch has no ``index``, and its ``position`` is the number of the held-out image.
 
-    `setup` sets ``shape`` (C, H, W), ``num_classes``, ``class_names``, ``num_train`` and ``num_val``. Without a Trainer
-    everything works as on one rank without accumulation; then choose the epoch with ``loader.sampler.set_epoch``.
+    `setup` sets ``shape`` (C, H, W), ``num_classes`` (0 without labels), ``class_names``, ``num_train`` and
+    ``num_val``. Without a Trainer everything works as on one rank without accumulation; then choose the epoch with
+    ``loader.sampler.set_epoch``.
 
     Args:
         batch_size: images per optimizer step, over all ranks and accumulated micro-batches.
         val_batch_size: held-out images per batch over all ranks; None: as many as batch_size.
         flip: whether training images are flipped horizontally at random (and the bank holds both).
         seed: of the order and the flips.
-        num_workers: processes that load batches; the images are in memory, so 0 is fast.
+        num_workers: processes that load batches.
         shard_bank: whether each rank holds a part of the bank instead of a copy; None: where copies would be large.
         micro_batch_size: most images that a rank takes at once. The Trainer then accumulates over as few equal
             micro-batches as that allows, and its ``val_check_interval`` and ``limit_train_batches`` count optimizer
@@ -95,18 +95,22 @@ class ImageData(L.LightningDataModule):
         self.flip, self.seed, self.num_workers, self.shard_bank = flip, seed, num_workers, shard_bank
         self.micro_batch_size = micro_batch_size
         self._accumulating: L.Trainer | None = None
-        self._train: LabelledImages | None = None
-        self._val: LabelledImages | None = None
-        self._bank: DataBank | None = None
+        self._opened: Opened | None = None
+        self._bank: DataBank | GaussianMixtureBank | None = None
         self._resumed = {"epoch": 0, "samples": 0, "batches": 0}
 
-    def read(self) -> Splits:
-        """Read the files; each data set's own part."""
+    def open(self) -> Opened:
+        """Find the data; each data set's own part.
+
+        Raises:
+            FileNotFoundError: if the files are not there.
+            ValueError: if they are not what they should be.
+        """
         raise NotImplementedError
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Images as a network draws them, (B, C, H, W), to pixels: uint8, in the same shape."""
-        return to_pixels(images)
+        """What a network draws, (B, C, H, W), as pixels: uint8, (B, C', H', W')."""
+        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data, once; later calls are free.
@@ -126,41 +130,37 @@ class ImageData(L.LightningDataModule):
             if self.trainer and self.micro_batch_size and self.trainer is not self._accumulating:
                 accumulate(self.trainer, self.batch_size, self.micro_batch_size)
                 self._accumulating = self.trainer
-        if self._train is not None:
+        if self._opened is not None:
             return
-        splits = self.read()
-        self.class_names = list(splits.class_names)
+        opened = self.open()
+        self.class_names = list(opened.class_names)
         self.num_classes = len(self.class_names)
-        self._val = LabelledImages(splits.val_images, splits.val_labels, self.num_classes, in_bank=False)
-        self._train = LabelledImages(splits.train_images, splits.train_labels, self.num_classes)
-        self.num_train, self.num_val = len(self._train), len(self._val)
-        channels, height, width = self._train.images.shape[1:]
+        self.num_train, self.num_val = len(opened.train), len(opened.val)
+        channels, height, width = opened.train.shape[-3:]
         self.shape = (channels, height, width)
+        self._opened = opened
 
-    def bank(self) -> DataBank:
+    def bank(self) -> DataBank | GaussianMixtureBank:
         """The training set as the oracle sees it, made on the first call.
 
-        Row i is training image i; with flips row num_train + i is its flip. Pixels, which it gives back as what batches
-        hold, bit for bit. On several ranks it is sharded if ``shard_bank`` says so, or if copies would take too much
-        memory; every rank calls this.
+        Row i is training image i; with flips row num_train + i is its flip. What it gives back is what batches hold,
+        bit for bit. On several ranks it is sharded if ``shard_bank`` says so, or if copies would take too much memory;
+        every rank calls this.
 
         Raises:
             MemoryError: if the bank does not fit.
         """
         if self._bank is None:
-            train = self._ready()[0]
+            train = self._ready().train
             num_rows = self.num_train * (2 if self.flip else 1)
             ranks = self.trainer.world_size if self.trainer and dist.is_initialized() else 1
             with together(dist.group.WORLD if ranks > 1 else None) as meeting:
                 meeting.size = self._memory_per_rank()
             memory = min(meeting.sizes)  # all must come to the same plan, and free memory differs
-            plan = plan_bank(num_rows, math.prod(self.shape), 1, memory, ranks, self.shard_bank)
-            index = torch.tensor(plan.rows_of(dist.get_rank() if plan.sharded else 0))
-            pixels = torch.empty(len(index), *self.shape, dtype=torch.uint8)
-            for place in torch.arange(len(index)).split(4096):  # by pieces: flipping makes copies
-                pixels[place] = train.pixels(index[place])
-            labels = train.labels[index % self.num_train]
-            self._bank = DataBank(pixels, labels, SCALE, SHIFT, dist.group.WORLD if plan.sharded else None)
+            values, value_bytes = math.prod(train.shape), train.dtype.itemsize
+            plan = plan_bank(num_rows, values, value_bytes, memory, ranks, self.shard_bank)
+            own = plan.rows_of(dist.get_rank() if plan.sharded else 0)
+            self._bank = _bank_of(train, own, dist.group.WORLD if plan.sharded else None)
         return self._bank
 
     def train_dataloader(self) -> DataLoader:
@@ -170,8 +170,7 @@ class ImageData(L.LightningDataModule):
             ValueError: if batch_size does not fit the data or the ranks, or a checkpoint from the middle of an epoch
                 was made with another order of the data.
         """
-        train, _ = self._ready()
-        trainer = self.trainer
+        train, trainer = self._ready().train, self.trainer
         if trainer is None:
             return self._loader(train, EpochSampler(train, self.batch_size, flip=self.flip, seed=self.seed))
         self._check_resumable()
@@ -189,7 +188,7 @@ class ImageData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Held-out batches of this rank: each image once over all ranks, in order."""
-        _, val = self._ready()
+        val = self._ready().val
         ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
         return self._loader(val, HeldOutSampler(val, self.val_batch_size, **ranks))
 
@@ -234,15 +233,14 @@ class ImageData(L.LightningDataModule):
         ranks_here = self.trainer.num_devices if self.trainer else 1
         return available_memory_bytes() // ranks_here
 
-    def _ready(self) -> tuple[LabelledImages, LabelledImages]:
-        """The training and the held-out set, read if they were not yet."""
-        if self._train is None or self._val is None:
+    def _ready(self) -> Opened:
+        """The training and the held-out set, opened if they were not yet."""
+        if self._opened is None:
             self.setup()
-        assert self._train is not None
-        assert self._val is not None
-        return self._train, self._val
+        assert self._opened is not None
+        return self._opened
 
-    def _loader(self, dataset: LabelledImages, sampler: EpochSampler | HeldOutSampler) -> DataLoader:
+    def _loader(self, dataset: LabelledRows, sampler: EpochSampler | HeldOutSampler) -> DataLoader:
         return _ResumableLoader(
             dataset,
             sampler=sampler,
@@ -300,6 +298,27 @@ class ImageData(L.LightningDataModule):
                 "images were done, but their gradients are not in the file. The first step goes without them; save "
                 "after whole steps to continue exactly."
             )
+
+
+def _bank_of(train: LabelledRows, own: range, group: dist.ProcessGroup | None) -> DataBank | GaussianMixtureBank:
+    """The bank of a training set; ``own`` are the rows that this rank brings."""
+    every = own.stop - own.start
+    with tqdm(total=2 * every, desc="Making the bank", unit="row", delay=1, disable=not is_first_rank()) as bar:
+
+        def read(index: Tensor) -> Tensor:
+            values = train.stored(index + own.start)
+            bar.update(len(index))
+            return values
+
+        rows = RowReader((every, *train.shape), train.dtype, read)
+        labels = None if train.labels is None else train.labels_of(torch.arange(own.start, own.stop))
+        make = GaussianMixtureBank.of_moments if train.is_moments else DataBank
+        return make(rows, labels, train.scale, train.shift, group)
+
+
+def is_first_rank() -> bool:
+    """Whether this is the rank that shows progress bars."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def available_memory_bytes() -> int:

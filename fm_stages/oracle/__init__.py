@@ -11,12 +11,13 @@ from fm_stages.oracle.estimators import (
     TemperedOracle,
 )
 from fm_stages.oracle.exact import Oracle, Posterior
-from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, oracle_of
+from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, moments_affine, oracle_of
 from fm_stages.oracle.neighbours import largest_weights, nearest_rows
 from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank, rows_per_query
 from fm_stages.oracle.profile import THRESHOLDS, StageCurves, StageProfile
 from fm_stages.oracle.ranks import together
 from fm_stages.oracle.skipping import measure_nearest
+from fm_stages.oracle.stored_rows import RowReader
 from fm_stages.oracle.wiener import Wiener, linear_reference
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MixtureOracle",
     "Oracle",
     "Posterior",
+    "RowReader",
     "SharedBatchOracle",
     "StageCurves",
     "StageProfile",
@@ -45,6 +47,7 @@ __all__ = [
     "linear_reference",
     "mean_square",
     "measure_nearest",
+    "moments_affine",
     "nearest_pays",
     "nearest_rows",
     "oracle_of",

@@ -11,14 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fm_stages.oracle import ranks
-from fm_stages.oracle.distinct import Shard, distinct_rows, piece
+from fm_stages.oracle.distinct import Shard, distinct_rows
 from fm_stages.oracle.inputs import check_index, check_rows
+from fm_stages.oracle.stored_rows import RowReader, Survey, piece
 
 NUM_EXTRA = 4
 """Columns kept behind each row's values: what lets one matrix product yield logits and sums at once."""
-
-STORED = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
-"""What rows are stored as: as they come."""
 
 _NEVER = -1e4
 """Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern, and
@@ -45,6 +43,7 @@ class DataBank:
     Args:
         x1: (N, ...) the training rows (same normalisation as in training; flips as rows of their own): uint8 with a
             scale, float16, bfloat16 or float32; float64 rows are rounded to float32. Of this rank, if there is a group.
+            A `RowReader` in place of a tensor reads them twice, a piece at a time, and they are in memory only once.
         labels: (N,) int64, 0 or larger, or None for an unlabelled set.
         scale: number, or tensor that broadcasts to a row, by which stored values are multiplied.
         shift: likewise, what is added then.
@@ -57,7 +56,7 @@ class DataBank:
 
     def __init__(
         self,
-        x1: Tensor,
+        x1: Tensor | RowReader,
         labels: Tensor | None = None,
         scale: float | Tensor = 1.0,
         shift: float | Tensor = 0.0,
@@ -65,18 +64,14 @@ class DataBank:
     ) -> None:
         self.group = group
         with ranks.together(group) as meeting:
-            for name, value in (("x1", x1), ("labels", labels)):
-                if not isinstance(value, Tensor | None):
+            for name, value, kinds in (("x1", x1, Tensor | RowReader), ("labels", labels, Tensor | None)):
+                if not isinstance(value, kinds):
                     remedy = f"torch.as_tensor({name}) makes one"
                     raise TypeError(f"{name} is a tensor, got {type(value).__name__}: {remedy}")
-            x1, labels = x1.detach(), None if labels is None else labels.detach()
-            check_rows(x1, labels, scale, shift)
-            self.shape = tuple(x1.shape[1:])
-            self.num_dims = x1[0].numel()
-            flat = x1.reshape(len(x1), -1).contiguous()
-            flat = flat if flat.dtype in STORED else flat.float()
-            self.dtype = flat.dtype
-            self._scale, self._shift = (_per_value(value, self.shape).to(x1.device) for value in (scale, shift))
+            rows, labels = RowReader.of(x1), None if labels is None else labels.detach()
+            check_rows(rows, labels, scale, shift)
+            self.shape, self.num_dims, self.dtype = tuple(rows.shape[1:]), rows.num_dims, rows.stored_dtype
+            self._scale, self._shift = (_per_value(value, self.shape).to(rows.device) for value in (scale, shift))
             self._as_stored = bool((self._scale == 1).all() and (self._shift == 0).all())
             meeting.alike = {
                 "the shape of a row": self.shape,
@@ -85,27 +80,27 @@ class DataBank:
                 "the scale": _in_short(self._scale),
                 "the shift": _in_short(self._shift),
             }
+        with ranks.together(group):
+            survey = Survey.of(rows)
 
-        unique = distinct_rows(flat, labels, group)
+        unique = distinct_rows(survey.digests, labels, group)
         self.num_rows = len(unique.stored)
         self.num_distinct = len(unique.label)
         self.label_counts = {} if labels is None else unique.label_counts()
-        own = unique.of(unique.offset, unique.offset + len(flat))
-        self._row_of = own.place.to(x1.device)  # (N,) int32, data set index -> stored row here, or -1
+        own = unique.of(unique.offset, unique.offset + rows.shape[0])
+        self._row_of = own.place.to(rows.device)  # (N,) int32, data set index -> stored row here, or -1
         self._slices = {} if labels is None else _slices(own.label)
 
-        # by pieces, like all that is done in float64, which never holds a second bank
-        total = torch.stack([rows.double().sum(0) for rows in flat.split(piece(self.num_dims))]).sum(0)
-        self.mean = self._affine(ranks.reduce(total, group) / self.num_rows)  # (D,) float64, over all N rows
+        self.mean = self._affine(ranks.reduce(survey.total, group) / self.num_rows)  # (D,) float64, over all N rows
         self.nearest: Tensor | None = None
         """Distance of each training row (N,) to the nearest other image, or a little less, if it was measured."""
         self._table: Tensor | None = None
-        self._store(flat, own)
-        norms = torch.stack([rows.float().norm(dim=1).max() for rows in flat.split(piece(self.num_dims))])
-        spread = self._extra[:, 0].amax(0, keepdim=True) if len(self._extra) else torch.zeros(1, device=x1.device)
-        most = ranks.reduce(torch.cat([norms.amax(0, keepdim=True), spread]).double(), group, "max")
+        with ranks.together(group):
+            self._store(rows, own)
+        spread = self._extra[:, 0].amax(0) if len(self._extra) else torch.zeros_like(survey.norm)
+        most = ranks.reduce(torch.stack([survey.norm, spread]).double(), group, "max")
         self.max_norm, self.max_spread = most.tolist()  # of a row as stored; largest squared distance to the mean
-        total = ranks.reduce((self._extra[:, 0].double() * own.class_count.to(x1.device)).sum(), group)
+        total = ranks.reduce((self._extra[:, 0].double() * own.class_count.to(rows.device)).sum(), group)
         self.rms_norm = float(torch.sqrt(total / self.num_rows + self.mean.square().sum()))
         """Root mean square norm of what the network sees, the unit of errors of the posterior mean."""
         if not math.isfinite(self.max_spread) or not math.isfinite(self.rms_norm):  # the same on all ranks
@@ -114,22 +109,23 @@ class DataBank:
                 f"{self.max_norm:.3g}); choose scale and shift so that values are of the size of 1, the noise's"
             )
 
-    def _store(self, flat: Tensor, own: Shard) -> None:
+    def _store(self, rows: RowReader, own: Shard) -> None:
         """Stored rows (M, D), and beside them [||x - mean||^2, 1, log count in the class, log count in the bank].
 
         Float32 rows and these columns are one table, which products take as it is.
         """
-        dims, num = self.num_dims, len(own.first)
+        dims, num, device = self.num_dims, len(own.first), rows.device
         if self.dtype == torch.float32:
-            self._table = torch.empty(num, dims + NUM_EXTRA, dtype=torch.float32, device=flat.device)
+            self._table = torch.empty(num, dims + NUM_EXTRA, dtype=torch.float32, device=device)
             self._rows, self._extra = self._table[:, :dims], self._table[:, dims:]
         else:
-            self._rows = torch.empty(num, dims, dtype=self.dtype, device=flat.device)
-            self._extra = torch.empty(num, NUM_EXTRA, dtype=torch.float32, device=flat.device)
-        for place in torch.arange(num).split(piece(self.num_dims)):
-            rows = flat[own.first[place].to(flat.device)]
-            self._rows[place] = rows
-            self._extra[place, 0] = (self._affine(rows.double()) - self.mean).square().sum(1).float()
+            self._rows = torch.empty(num, dims, dtype=self.dtype, device=device)
+            self._extra = torch.empty(num, NUM_EXTRA, dtype=torch.float32, device=device)
+        for place in own.first.argsort().split(piece(dims)):  # in the order that the rows lie in
+            values = rows.flat(own.first[place])
+            self._rows[place.to(device)] = values
+            distance = (self._affine(values.double()) - self.mean).square().sum(1)
+            self._extra[place.to(device), 0] = distance.float()
         self._extra[:, 1] = 1
         self._extra[:, 2] = own.class_count.log().to(self._extra)
         self._extra[:, 3] = own.total_count.log().clamp(min=_NEVER).to(self._extra)

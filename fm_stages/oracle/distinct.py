@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fm_stages.oracle import ranks
-
-MAX_VALUES = 2**25
-"""Values that are worked on at a time where something is done to all rows once."""
-
-
-def piece(num_dims: int) -> int:
-    """How many rows that is, of D values."""
-    return max(1, min(8192, MAX_VALUES // num_dims))
 
 
 @dataclass
@@ -61,16 +52,15 @@ class Distinct:
         )
 
 
-def distinct_rows(flat: Tensor, labels: Tensor | None, group: dist.ProcessGroup | None) -> Distinct:
-    """Group equal rows (by value) of all ranks' ``flat`` (N_r, D); the first of each group stands for it."""
-    sizes = ranks.sizes_of(len(flat), group)
-    # 128 bits of hash stand for a row: the rows themselves as keys would be a second bank
-    digests = ranks.gather(torch.cat([_digests(rows) for rows in flat.split(piece(flat.shape[1]))]), sizes, group)
-    own_label = torch.zeros(len(flat), dtype=torch.int64) if labels is None else labels.long().cpu()
+def distinct_rows(digests: Tensor, labels: Tensor | None, group: dist.ProcessGroup | None) -> Distinct:
+    """Group equal rows (by value) of all ranks by their ``digests`` (N_r, 16); the first of each group stands for it.
+
+    128 bits of hash stand for a row: the rows themselves as keys would be a second bank.
+    """
+    sizes = ranks.sizes_of(len(digests), group)
+    own_label = torch.zeros(len(digests), dtype=torch.int64) if labels is None else labels.long().cpu()
     label = ranks.gather(own_label, sizes, group).numpy()
-    seen: dict[bytes, int] = {}
-    first_image = [seen.setdefault(digest.tobytes(), i) for i, digest in enumerate(digests.numpy())]
-    image = np.array(first_image)  # (N,) the first row with the same values
+    image = _first_equal(ranks.gather(digests, sizes, group).numpy())
     pairs, first, stored, class_count = np.unique(
         np.stack([label, image], 1), axis=0, return_index=True, return_inverse=True, return_counts=True
     )
@@ -86,9 +76,13 @@ def distinct_rows(flat: Tensor, labels: Tensor | None, group: dist.ProcessGroup 
     )
 
 
-def _digests(rows: Tensor) -> Tensor:
-    """128-bit hashes of rows (C, D), equal for equal values: (C, 16) uint8, on the CPU."""
-    same_zero = rows if rows.dtype == torch.uint8 else rows + 0.0  # makes -0.0 and 0.0 the same bytes
-    data = same_zero.view(torch.uint8).cpu().numpy()
-    hashes = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in data)
-    return torch.frombuffer(bytearray(hashes), dtype=torch.uint8).reshape(-1, 16)
+def _first_equal(digests: np.ndarray) -> np.ndarray:
+    """The number of the first of those that are equal to each of (N, 16) uint8: (N,) int64."""
+    halves = np.ascontiguousarray(digests).view(np.uint64)
+    order = np.lexsort(halves.T)  # keeps the order of equal ones, so that the first of them comes first
+    in_order = halves[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (in_order[1:] != in_order[:-1]).any(1)
+    image = np.empty(len(order), np.int64)
+    image[order] = order[is_new][np.cumsum(is_new) - 1]
+    return image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fm_stages.oracle.distinct import piece
+from fm_stages.oracle.stored_rows import RowReader
 
 
 def check_tensor(name: str, x: Tensor) -> None:
@@ -24,21 +24,21 @@ def check_index(index: Tensor, num_rows: int) -> None:
             raise ValueError(f"index runs from {low} to {high}, but the bank has {num_rows} rows, counted from 0")
 
 
-def check_rows(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: float | Tensor) -> None:
-    """Raise ValueError unless a bank can be made of these; arguments as of `DataBank`."""
-    if x1.ndim < 2 or x1.shape[0] == 0 or x1[0].numel() == 0:
+def check_rows(x1: RowReader, labels: Tensor | None, scale: float | Tensor, shift: float | Tensor) -> None:
+    """Raise ValueError unless a bank can be made of these, by all but the values; arguments as of `DataBank`."""
+    if len(x1.shape) < 2 or 0 in x1.shape:
         raise ValueError(f"a bank needs at least one row of at least one value, got x1 of shape {tuple(x1.shape)}")
-    if not x1.is_floating_point() and x1.dtype != torch.uint8:
+    if not x1.dtype.is_floating_point and x1.dtype != torch.uint8:
         raise ValueError(f"rows are floating point or uint8; x1 is {x1.dtype}: preprocess it as for the network")
     if x1.dtype == torch.uint8 and not isinstance(scale, Tensor) and scale == 1:
         raise ValueError("uint8 rows need the scale and shift that make of them what the network sees")
+    row = torch.Size(x1.shape[1:])
     for name, value in (("scale", scale), ("shift", shift)):
         number = torch.as_tensor(value)
         if not bool(torch.isfinite(number).all()) or (name == "scale" and bool((number == 0).any())):
             raise ValueError(f"{name} must be finite, and the scale not 0; got {value}")
-        if number.numel() > 1 and _broadcast(number.shape, x1.shape[1:]) != x1.shape[1:]:
-            raise ValueError(f"{name} of shape {tuple(number.shape)} does not fit rows of shape {tuple(x1.shape[1:])}")
-    _check_finite(x1)
+        if number.numel() > 1 and _broadcast(number.shape, row) != row:
+            raise ValueError(f"{name} of shape {tuple(number.shape)} does not fit rows of shape {tuple(row)}")
     if labels is None:
         return
     if labels.shape != (x1.shape[0],) or labels.is_floating_point():
@@ -48,17 +48,6 @@ def check_rows(x1: Tensor, labels: Tensor | None, scale: float | Tensor, shift: 
         )
     if int(labels.min()) < 0:
         raise ValueError(f"labels of bank rows are 0 or larger, got {int(labels.min())}; -1 marks queries only")
-
-
-def _check_finite(x1: Tensor) -> None:
-    if x1.dtype == torch.uint8:
-        return
-    size = piece(x1[0].numel())
-    for start in range(0, x1.shape[0], size):
-        finite = torch.isfinite(x1[start : start + size].float()).flatten(1).all(1)
-        if not bool(finite.all()):
-            row = start + int((~finite).nonzero()[0])
-            raise ValueError(f"row {row} of x1 holds NaN or infinity: find out what preprocessing made it")
 
 
 def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size | None:

@@ -17,6 +17,7 @@ Shapes: B queries, N rows, C rows of a piece, D values per row.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -28,6 +29,7 @@ from fm_stages.oracle import ranks
 from fm_stages.oracle.bank import DataBank, count_columns
 from fm_stages.oracle.exact import Oracle, check_tensor
 from fm_stages.oracle.merge import Partial
+from fm_stages.oracle.stored_rows import RowReader
 
 CPU_VALUES, GPU_VALUES = 2**18, 2**21
 """Values of pairs of a query and a row at a time, some six float64 copies of which are held: on a CPU in its caches."""
@@ -78,18 +80,42 @@ class GaussianMixtureBank:
     ) -> None:
         with ranks.together(group):
             _check(mean, std)
-        self.shape = tuple(mean.shape[1:])
-        factor, offset = (torch.as_tensor(x, dtype=torch.float32).expand(self.shape) for x in (scale, shift))
-        self._components = DataBank(
-            torch.stack([mean, std], 1),
-            labels,
-            scale=torch.stack([factor, factor.abs()]),
-            shift=torch.stack([offset, torch.zeros_like(offset)]),
-            group=group,
-        )
+        moments = RowReader.of(torch.stack([mean, std], 1))
+        self._set_up(moments, labels, *moments_affine(scale, shift, moments.shape[2:]), group)
+
+    @classmethod
+    def of_moments(
+        cls,
+        moments: RowReader,
+        labels: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> GaussianMixtureBank:
+        """The bank of moments (N, 2, ...), means and stds, that are read a piece at a time; see `moments_affine`."""
+
+        def read(index: Tensor) -> Tensor:
+            values = moments.read(index)
+            _check_std(values[:, 1], index)
+            return values
+
+        bank = cls.__new__(cls)
+        bank._set_up(replace(moments, read=read), labels, scale, shift, group)
+        return bank
+
+    def _set_up(
+        self,
+        moments: RowReader,
+        labels: Tensor | None,
+        scale: float | Tensor,
+        shift: float | Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.shape = tuple(moments.shape[2:])
+        self._components = DataBank(moments, labels, scale, shift, group)
         self.group = group
         self.dtype = self._components.dtype
-        self.num_dims = mean[0].numel()
+        self.num_dims = moments.num_dims // 2
         self.num_rows = self._components.num_rows
         self.num_distinct = self._components.num_distinct
         self.num_stored = self._components.num_stored
@@ -134,9 +160,13 @@ class GaussianMixtureBank:
         """Labels of training rows (B,), by their index in the data set: (B,) int64; -1 without labels."""
         return self._components.labels_of(index)
 
+    def moments_of(self, index: Tensor) -> Tensor:
+        """Mean and std of what the network sees of training rows (B,): (B, 2, ...) float32. See `DataBank.rows`."""
+        return self._components.rows(index)
+
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """A new draw of x_1 from each of the training rows (B,), with noise from a CPU generator: (B, ...) float32."""
-        mean, std = self._components.rows(index).unbind(1)
+        mean, std = self.moments_of(index).unbind(1)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean)
 
     def covariance(self) -> Tensor:
@@ -267,7 +297,18 @@ def _check(mean: Tensor, std: Tensor) -> None:
         )
     if not (mean.is_floating_point() and std.is_floating_point()):
         raise ValueError(f"moments are floating point: mean is {mean.dtype}, std {std.dtype}")
+    _check_std(std, torch.arange(len(std)))
+
+
+def _check_std(std: Tensor, index: Tensor) -> None:
+    """Raise ValueError if the std of a row is none; ``index`` are the rows' numbers."""
     valid = (std >= 0).flatten(1).all(1)  # NaN is not
     if not bool(valid.all()):
-        row = int((~valid).nonzero()[0])
+        row = int(index[int((~valid).nonzero()[0])])
         raise ValueError(f"row {row} has a negative std or NaN: stored log variances become std = exp(logvar / 2)")
+
+
+def moments_affine(scale: float | Tensor, shift: float | Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Scale and shift of moments (2, ...), mean and std, from those of values of this shape."""
+    factor, offset = (torch.as_tensor(x, dtype=torch.float32).expand(shape) for x in (scale, shift))
+    return torch.stack([factor, factor.abs()]), torch.stack([offset, torch.zeros_like(offset)])

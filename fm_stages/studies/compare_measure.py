@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import poly_mmd
 
-from fm_stages.data import ImageData
+from fm_stages.data import TrainingData
 from fm_stages.flow import keyed_generator, sample
 from fm_stages.oracle import Curves, StageProfile, oracle_of
 from fm_stages.studies.diagnose import diagnose
@@ -77,7 +77,7 @@ class Probe:
     """
 
     def __init__(
-        self, module: FlowMatching, data: ImageData, profile: StageProfile, settings: ProbeSettings, device: str
+        self, module: FlowMatching, data: TrainingData, profile: StageProfile, settings: ProbeSettings, device: str
     ) -> None:
         self.module, self.data, self.profile, self.settings, self.device = module, data, profile, settings, device
         held_out: Any = data.val_dataloader().dataset
@@ -169,7 +169,7 @@ def pixel_mmd(real: Tensor, drawn: Tensor) -> tuple[float, float]:
     return parts.mean().item(), parts.std().item() / len(parts) ** 0.5
 
 
-def measure_stages(module: FlowMatching, data: ImageData, device: str, say: Callable[[str], None]) -> StageProfile:
+def measure_stages(module: FlowMatching, data: TrainingData, device: str, say: Callable[[str], None]) -> StageProfile:
     """The stages of the base's data, for the mix of labels that the base's network sees."""
     say("Measuring the stages of the data, once for all runs ...")
     bank = data.bank()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fm_stages import plots
-from fm_stages.data import ImageData, pictures_of
+from fm_stages.data import TrainingData, pictures_of
 from fm_stages.flow import keyed_normal, keyed_uniform, stratified_uniform
 from fm_stages.oracle import (
     Curves,
@@ -45,7 +45,7 @@ from fm_stages.training import (
 def diagnose(
     module: FlowMatching,
     network: nn.Module,
-    data: ImageData,
+    data: TrainingData,
     num_samples: int = 2048,
     seed: int = 0,
     profile: StageProfile | None = None,
@@ -80,8 +80,9 @@ def diagnose(
             if split == "held-out":
                 held_out.update(oracle, wiener, seen)
                 continue
-            draws = {name: seen[name] for name in ("x0", "x1", "t", "prediction", "labels", "index")}
-            parts = decompose(oracle, **draws, wiener=wiener)
+            draws = {name: seen[name] for name in ("x0", "x1", "t", "prediction", "labels")}
+            index = seen["index"] if oracle.collapses else None  # a row that is a distribution is not its x1
+            parts = decompose(oracle, **draws, index=index, wiener=wiener)
             train.update(parts.t, **{name: getattr(parts, name) for name in QUANTITIES})
     return train.compute(), held_out.compute()[""], profile
 
@@ -122,7 +123,7 @@ def _predict(
     return {**seen, "index": batch["index"].to(device)} if "index" in batch else seen
 
 
-def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, ImageData]:
+def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, TrainingData]:
     """Rebuild module and data of a checkpoint from the configuration that it carries.
 
     Args:
@@ -208,7 +209,7 @@ def _write(folder: Path, train: Curves, held_out: Curves, profile: StageProfile,
 
 
 def _draw_predictions(
-    module: FlowMatching, data: ImageData, profile: StageProfile, folder: Path, weights: str, step: str, seed: int
+    module: FlowMatching, data: TrainingData, profile: StageProfile, folder: Path, weights: str, step: str, seed: int
 ) -> None:
     """``predictions.png``: what the module's network takes noisy training images for, beside the oracle."""
     oracle = oracle_of(data.bank(), module.path)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_stages import plots
-from fm_stages.data import ImageData
+from fm_stages.data import TrainingData
 from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solver_named, time_grid, unguided
 from fm_stages.oracle import DataBank, Oracle, nearest_rows
 from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
@@ -139,7 +139,7 @@ def study_handover(
         Numbers and pictures.
 
     Raises:
-        ValueError: if the checkpoint names no data.
+        ValueError: if the checkpoint names no data, or its rows are distributions.
     """
     data = trained.data
     if data is None:
@@ -147,6 +147,11 @@ def study_handover(
     taus = sorted({0.0, *taus, 1.0})
     data.setup()
     bank = data.bank().to(device)
+    if not isinstance(bank, DataBank):
+        raise ValueError(
+            "the training set is one of distributions (moments), drawn anew at every step: no sample has a nearest row "
+            "there, so there is no hand-over to measure"
+        )
     oracle, network = Oracle(bank, trained.module.path), trained.network.to(device)
     grid = time_grid(num_steps, nodes=taus)
     drawn = []
@@ -199,7 +204,7 @@ def _mean(x: Tensor) -> tuple[float, float]:
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
 
 
-def _held_out(data: ImageData, num: int, seed: int) -> Tensor:
+def _held_out(data: TrainingData, num: int, seed: int) -> Tensor:
     """Held-out images drawn at random, (N, C, H, W)."""
     dataset: Any = data.val_dataloader().dataset
     chosen = torch.randperm(len(dataset), generator=keyed_generator("handover", seed))[:num]

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fm_stages.data import ImageData
+from fm_stages.data import TrainingData
 from fm_stages.flow import keyed_uniform
 from fm_stages.studies.diagnose import open_run
 from fm_stages.training import CONFIG_KEY, FlowMatching, network_weights
@@ -37,7 +37,7 @@ class Trained:
 
     network: nn.Module
     module: FlowMatching
-    data: ImageData | None
+    data: TrainingData | None
     shape: tuple[int, int, int]
     num_classes: int
     weights: str
@@ -81,7 +81,7 @@ def load_trained(path: str | Path, weights: str | None = None) -> Trained:
     )
 
 
-def _built_for(network: nn.Module, data: ImageData | None) -> tuple[tuple[int, int, int], int]:
+def _built_for(network: nn.Module, data: TrainingData | None) -> tuple[tuple[int, int, int], int]:
     """Shape of an image and number of classes, by the network or else by the data."""
     channels, side, num_classes = (
         getattr(network, name, None) for name in ("in_channels", "input_size", "num_classes")

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.data import ImageData, describe_shares
+from fm_stages.data import TrainingData, describe_shares
 from fm_stages.training.checkpoints import (
     CONFIG_KEY,
     Checkpoints,
@@ -222,7 +222,7 @@ class TrainingCLI(LightningCLI):
         """Find mistakes before a logger or a folder is made; load the weights that --init-from names."""
         config = self.config[self.subcommand]
         self._check()
-        if isinstance(self.datamodule, ImageData):
+        if isinstance(self.datamodule, TrainingData):
             self.datamodule.train_dataloader()  # refuses a batch size that does not fit the data
             shares = self.datamodule.batch_size, self.trainer.world_size, self.trainer.accumulate_grad_batches
             rank_zero_info(describe_shares(*shares))

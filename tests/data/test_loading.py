@@ -17,7 +17,7 @@ def make_images(num: int = N, **kwargs) -> LabelledImages:
 
 def epoch_of(sampler: EpochSampler, epoch: int = 0) -> list[tuple[list[int], list[int]]]:
     sampler.set_epoch(epoch)
-    return [(rows.tolist(), positions.tolist()) for rows, positions in sampler]
+    return [(rows.tolist(), positions.tolist()) for rows, positions, _ in sampler]
 
 
 def global_batches(
@@ -31,7 +31,7 @@ def global_batches(
         )
         sampler.set_epoch(epoch)
         sampler.start = start
-        for number, (rows, positions) in enumerate(sampler):
+        for number, (rows, positions, _) in enumerate(sampler):
             if number // accumulation == len(table):
                 table.append({})
             table[number // accumulation] |= dict(zip(positions.tolist(), rows.tolist(), strict=True))
@@ -181,7 +181,7 @@ class TestHeldOutSampler:
                     HeldOutSampler(make_images(num), batch_size, num_replicas=num_replicas, rank=rank)
                     for rank in range(num_replicas)
                 ]
-                ranks = [[rows.tolist() for rows, _ in sampler] for sampler in samplers]
+                ranks = [[rows.tolist() for rows, *_ in sampler] for sampler in samplers]
                 in_order = [row for batch in zip(*ranks, strict=True) for part in batch for row in part]
                 assert in_order == list(range(num))
                 sizes = [len(part) for parts in ranks for part in parts]
@@ -191,7 +191,7 @@ class TestHeldOutSampler:
                 assert {len(sampler) for sampler in samplers} == {len(ranks[0])}
 
     def test_positions_are_the_held_out_images(self):
-        for rows, positions in HeldOutSampler(make_images(10), 4, num_replicas=2, rank=1):
+        for rows, positions, _ in HeldOutSampler(make_images(10), 4, num_replicas=2, rank=1):
             assert torch.equal(rows, positions)
 
     @pytest.mark.parametrize(("num", "batch_size"), [(2, 8), (8, 2)])

@@ -48,9 +48,9 @@ class TestArray:
             bank = data.bank()
         except FileNotFoundError:
             pytest.skip("no Fashion-MNIST files: set FM_STAGES_DATA to the folder that has them")
-        images = data._train.images.numpy()
+        images = data._ready().train.images.numpy()
         np.save(tmp_path / "fashion.npy", images)
-        np.save(tmp_path / "fashion_labels.npy", data._train.labels.numpy().astype(np.uint8))
+        np.save(tmp_path / "fashion_labels.npy", data._ready().train.labels.numpy().astype(np.uint8))
         read = read_rows(tmp_path / "fashion.npy")
         assert read.x1.dtype == torch.uint8
         every = torch.arange(300)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fm_stages import plots
 from fm_stages.data import ImageData
-from fm_stages.data.module import Splits
+from fm_stages.data.pixels import Splits
 from fm_stages.flow import CosinePath, LinearPath
 from fm_stages.networks import DiT
 from fm_stages.training import FlowMatching

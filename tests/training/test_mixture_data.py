@@ -14,7 +14,7 @@ def moments(make_data):
     """The patterns, each with noise of its own in every batch."""
     data = make_data()
     data.setup()
-    x1, labels = data._train.rows(torch.arange(data.num_train))
+    x1, labels = data._ready().train.rows(torch.arange(data.num_train))
     bank = GaussianMixtureBank(x1, torch.full_like(x1, STD), labels)
     generator = torch.Generator().manual_seed(1)
 
