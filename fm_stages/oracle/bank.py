@@ -121,7 +121,8 @@ class DataBank:
         else:
             self._rows = torch.empty(num, dims, dtype=self.dtype, device=device)
             self._extra = torch.empty(num, NUM_EXTRA, dtype=torch.float32, device=device)
-        for place in own.first.argsort().split(piece(dims)):  # in the order that the rows lie in
+        # in the order that the rows lie in; all of a rank's rows may be stored elsewhere
+        for place in own.first.argsort().split(piece(dims)) if num else ():
             values = rows.flat(own.first[place])
             self._rows[place.to(device)] = values
             distance = (self._affine(values.double()) - self.mean).square().sum(1)
