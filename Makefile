@@ -9,10 +9,10 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all lint format bench clean distclean
+.PHONY: help install demo test test-all lint format bench docker test-docker clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP)  ## Make .venv with everything in it (PYTHON=python3.12, TORCH=2.11 choose others)
 
@@ -55,6 +55,21 @@ format: $(STAMP)  ## Put the code into the format that lint asks for
 
 bench: $(STAMP)  ## Run the benchmarks, each of which prints a table
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# Its options stand in BUILD_FLAGS, those before `build` in BUILDER: make docker BUILDER='buildah --storage-driver vfs'
+# BUILD_FLAGS='--isolation chroot'. An older Docker needs to be told of BuildKit, buildah to keep layers for the next time.
+BUILDER ?= docker
+IMAGE ?= fm-stages
+docker:  ## Build the container image (BUILDER=podman, BASE=..., IMAGE=fm-stages:tag and BUILD_FLAGS=... choose others)
+	@command -v $(firstword $(BUILDER)) >/dev/null || { \
+	    echo "'$(firstword $(BUILDER))' is not installed here: install it, or try 'make docker BUILDER=podman'." >&2; \
+	    exit 1; \
+	}
+	DOCKER_BUILDKIT=1 BUILDAH_LAYERS=true $(BUILDER) build $(if $(BASE),--build-arg BASE=$(BASE)) \
+	    --build-arg REVISION=$$(git describe --always --dirty 2>/dev/null || echo unknown) $(BUILD_FLAGS) -t $(IMAGE) .
+
+test-docker:  ## Build the image and run the demo in it (without a Docker engine: as root, with buildah)
+	tests/container/build_and_run.sh
 
 clean:  ## Remove caches and build outputs; runs/ stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
