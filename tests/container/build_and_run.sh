@@ -16,7 +16,8 @@ buildah="buildah --root $scratch/storage --runroot $scratch/runroot"
 
 cleanup() {
     if [ "$engine" = docker ]; then
-        docker rm -f "$demo" && docker rmi -f "$image"
+        docker rm -f "$demo" || true
+        docker rmi -f "$image" "$image:before"
     else
         awk -v at="$scratch/" 'index($2, at) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r -n 1 umount
     fi >/dev/null 2>&1 || true
@@ -91,6 +92,7 @@ layers() { inspect '{{range .RootFS.Layers}}{{println .}}{{end}}' '{{range .OCIv
 rebuild_keeps_libraries() {
     local before after kept
     before=$(layers)
+    [ "$engine" != docker ] || docker tag "$image" "$image:before" # or it would lie about without a name
     echo "# Another version." >>"$scratch/source/fm_stages/cli.py"
     build || return
     after=$(layers)
