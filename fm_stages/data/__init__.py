@@ -4,6 +4,7 @@ from fm_stages.data.as_pictures import Pictures, pictures_of
 from fm_stages.data.atomic_files import PART, whole_file
 from fm_stages.data.batches import describe_shares
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
+from fm_stages.data.latents import Latents
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, Planned, to_model_range, to_pixels
 from fm_stages.data.module import TrainingData
 from fm_stages.data.pixels import ImageData
@@ -22,6 +23,7 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "LabelledImages",
+    "Latents",
     "Pictures",
     "Planned",
     "Rows",

@@ -1,89 +1,22 @@
-"""Rows in ``.npy`` files: one array of all rows, or a folder with one latent per file. Nothing is ever unpickled."""
+"""Rows in ``.npy`` files: one array of all rows, or one latent per file in a folder or zip. Nothing is unpickled."""
 
 import json
-from collections.abc import Callable
+import os
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-_KEPT = {
-    "uint8": torch.uint8,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float32,
-}
-"""Dtypes of rows on disk, by the name that numpy and torch share, and what they are in memory."""
-
-_PIECE = 4096
-"""Rows read at a time: conversions need working memory."""
+from fm_stages.data.stored_rows import StoredRows, as_labels, check_shape, kept_dtype
 
 _MOMENTS = "img-mean-std"
-"""How names of files begin that hold a VAE's mean and standard deviation."""
+"""How names of files begin that hold a VAE's mean and standard deviation, (2 C, H, W), as REPA and EDM2 write them."""
 
-
-class StoredRows(NamedTuple):
-    """A training set on disk, opened but not read: N rows, flips included, each of this shape and dtype.
-
-    ``take`` reads rows (M,) int64, in rising order: (M, *shape). ``labels`` are (N,) int64 or None; ``scale`` and
-    ``shift`` are for rows that are not pixels.
-    """
-
-    num_rows: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    take: Callable[[Tensor], Tensor]
-    labels: Tensor | None = None
-    scale: float | Tensor = 1.0
-    shift: float | Tensor = 0.0
-    class_names: list[str] = []
-
-
-def kept_dtype(dtype: np.dtype | torch.dtype, file: Path) -> torch.dtype:
-    """What rows of a file are in memory.
-
-    Raises:
-        ValueError: if they are neither 8-bit pixels nor floating point.
-    """
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype.name
-    if name not in _KEPT:
-        raise ValueError(f"{file} holds {name}: rows are uint8 (pixels in 0..255) or of 16-, 32- or 64-bit floats")
-    return _KEPT[name]
-
-
-def check_shape(shape: tuple[int, ...], file: Path) -> None:
-    """Raise ValueError unless an array of this shape holds rows."""
-    if len(shape) < 2 or 0 in shape:
-        raise ValueError(f"{file} holds an array of shape {tuple(shape)}: need (N, ...), one or more rows of values")
-
-
-def as_labels(values: Tensor, num_rows: int, file: Path) -> Tensor:
-    """Labels (N,) int64.
-
-    Raises:
-        ValueError: if these are not one integer, 0 or larger, for each row.
-    """
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool or values.shape != (num_rows,):
-        dtype, shape = str(values.dtype).removeprefix("torch."), tuple(values.shape)
-        raise ValueError(f"{file}: need an integer label for each of {num_rows} rows, got {dtype} of shape {shape}")
-    labels = values.long()
-    if int(labels.min()) < 0:
-        raise ValueError(f"{file}: labels count classes from 0, got {int(labels.min())}; unlabelled rows have no place")
-    return labels
-
-
-def by_pieces(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """What ``read`` gives for rows (M,), a few at a time under a progress bar: (M, *shape)."""
-    x1 = torch.empty(len(rows), *shape, dtype=dtype)
-    with tqdm(total=len(rows), desc="Reading rows", unit="row", delay=1) as bar:
-        for into, part in zip(x1.split(_PIECE), rows.split(_PIECE), strict=True):
-            into.copy_(read(part))
-            bar.update(len(part))
-    return x1
+_LABELS = "dataset.json"
 
 
 def open_array(file: Path) -> StoredRows:
@@ -92,6 +25,8 @@ def open_array(file: Path) -> StoredRows:
     Raises:
         ValueError: if the file or its labels cannot be read as such.
     """
+    if _holds_moments(file.name):
+        raise ValueError(f"{file} holds the mean and standard deviation of one latent: give the folder of all of them")
     array = _mapped(file)
     dtype = kept_dtype(array.dtype, file)
     check_shape(array.shape, file)
@@ -101,53 +36,127 @@ def open_array(file: Path) -> StoredRows:
         if values.dtype.kind not in "iu":
             raise ValueError(f"{beside} holds {values.dtype.name}: labels are integers")
         labels = as_labels(_as_tensor(values), len(array), beside)
-
-    def take(rows: Tensor) -> Tensor:
-        return by_pieces(rows, shape, dtype, lambda part: _as_tensor(array[part.numpy()]))
-
-    return StoredRows(len(array), shape, dtype, take, labels)
+    return StoredRows(len(array), shape, dtype, lambda rows: _as_tensor(array[rows.numpy()]).to(dtype), labels)
 
 
 def open_array_folder(folder: Path, files: list[Path]) -> StoredRows:
-    """One row per ``.npy`` file, with the labels of ``dataset.json`` if that is in the folder.
+    """One row per ``.npy`` file of a folder, with the labels of ``dataset.json`` if that is in it.
 
     Raises:
-        ValueError: if a file holds moments, an array of many rows, or another shape or dtype than the others; or if
-            dataset.json does not label each file.
+        ValueError: if a file holds an array of many rows, or another shape or dtype than the others; or if dataset.json
+            does not label each file.
     """
-    for file in files:
-        _refuse_moments(file)
     if len(files) == 1 or any(file.stem.endswith("_labels") for file in files):
         raise ValueError(f"in a folder each .npy file is one row; for an array of rows give its path, as {files[0]}")
-    first = _mapped(files[0])
-    dtype = kept_dtype(first.dtype, files[0])
-    if first.ndim == 0 or first.size == 0:
-        raise ValueError(f"{files[0]} holds an array of shape {first.shape}: a row has one or more values")
-
-    def read_one(file: Path) -> Tensor:
-        row = _mapped(file)
-        if row.shape != first.shape or row.dtype != first.dtype:
-            held = f"{file} holds {row.dtype} of shape {row.shape}, {files[0].name} {first.dtype} of {first.shape}"
-            raise ValueError(f"{held}: rows of one set are alike")
-        return _as_tensor(row)
-
-    def take(rows: Tensor) -> Tensor:
-        return by_pieces(
-            rows, first.shape, dtype, lambda part: torch.stack([read_one(files[row]) for row in part.tolist()])
-        )
-
-    listed = folder / "dataset.json"
     names = [file.relative_to(folder).as_posix() for file in files]
-    labels = _listed_labels(listed, names) if listed.exists() else None
-    return StoredRows(len(files), first.shape, dtype, take, labels)
+    listed = folder / _LABELS
+    labels = _listed_labels(listed.read_bytes(), listed, names) if listed.exists() else None
+    return _of_files(_FolderFiles(folder, names), labels)
 
 
-def _listed_labels(file: Path, names: list[str]) -> Tensor | None:
+def open_array_zip(file: Path) -> StoredRows:
+    """One row per ``.npy`` file of a zip without compression, as EDM2 packs them; labels as in a folder.
+
+    Raises:
+        ValueError: as for a folder; or if the zip is compressed, or none.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            names = sorted(name for name in entries if name.endswith(".npy"))
+            listed = archive.read(_LABELS) if _LABELS in entries else None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {file} ({error}): pack it again") from error
+    if not names:
+        raise ValueError(f"{file} holds no .npy files: one for each latent is what can be read")
+    if any(entries[name].compress_type != zipfile.ZIP_STORED for name in names):
+        raise ValueError(f"{file} is compressed, so that rows cannot be read at random: pack it again with zip -0")
+    labels = None if listed is None else _listed_labels(listed, file / _LABELS, names)
+    return _of_files(_ZipFiles(file, names), labels)
+
+
+class _FolderFiles:
+    """``.npy`` files by number."""
+
+    def __init__(self, place: Path, names: Sequence[str]) -> None:
+        self.place, self.names = place, names
+
+    def array(self, number: int) -> np.ndarray:
+        """What the file of this number holds."""
+        return _mapped(self.place / self.names[number])
+
+
+class _ZipFiles(_FolderFiles):
+    """The same in a zip."""
+
+    _archive: zipfile.ZipFile | None = None
+    _process = 0
+
+    def array(self, number: int) -> np.ndarray:
+        """What the file of this number holds."""
+        if self._archive is None or self._process != os.getpid():  # processes would move one another's place in a file
+            self._archive, self._process = zipfile.ZipFile(self.place), os.getpid()
+        name = self.names[number]
+        try:
+            with self._archive.open(name) as content:
+                return np.lib.format.read_array(content, allow_pickle=False)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"cannot read {name} of {self.place} ({error}): pack it again") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self.place, "names": self.names}
+
+
+class _FileRows:
+    """Reads rows of one file each, which have to be alike."""
+
+    def __init__(self, files: _FolderFiles, like: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.files, self.stored_shape, self.stored_dtype = files, like.shape, like.dtype
+        self.shape, self.dtype = shape, dtype
+
+    def name_of(self, row: int) -> str:
+        """Where a row lies."""
+        return str(self.files.place / self.files.names[row])
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows (M,): (M, *shape)."""
+        out = torch.empty(len(rows), *self.shape, dtype=self.dtype)
+        for into, number in zip(out, rows.tolist(), strict=True):
+            array = self.files.array(number)
+            if array.shape != self.stored_shape or array.dtype != self.stored_dtype:
+                first = f"{self.files.names[0]} {self.stored_dtype} of {self.stored_shape}"
+                held = f"{self.name_of(number)} holds {array.dtype} of shape {array.shape}"
+                raise ValueError(f"{held}, {first}: rows of one set are alike")
+            into.copy_(_as_tensor(array).view(self.shape))
+        return out
+
+
+def _of_files(files: _FolderFiles, labels: Tensor | None) -> StoredRows:
+    """Rows of one file each, of the kind of the first."""
+    first, file = files.array(0), files.place / files.names[0]
+    dtype, shape = kept_dtype(first.dtype, file), first.shape
+    if first.ndim == 0 or first.size == 0:
+        raise ValueError(f"{file} holds an array of shape {shape}: a row has one or more values")
+    of_moments = [_holds_moments(name) for name in files.names]
+    if is_moments := of_moments[0]:
+        if len(shape) != 3 or shape[0] % 2 or dtype == torch.uint8:
+            raise ValueError(f"{file} holds {first.dtype} of shape {shape}: moments are floats, (2 C, H, W)")
+        shape = (2, shape[0] // 2, *shape[1:])
+    if not all(kind == is_moments for kind in of_moments):
+        other = files.names[of_moments.index(not is_moments)]
+        raise ValueError(
+            f"only one of {file} and {other} holds moments, a mean and a standard deviation: move one kind"
+        )
+    read = _FileRows(files, first, shape, dtype)
+    return StoredRows(len(files.names), shape, dtype, read, labels, is_moments=is_moments, name_of=read.name_of)
+
+
+def _listed_labels(content: bytes, file: Path, names: list[str]) -> Tensor | None:
     """Labels (N,) of the files of these names from ``{"labels": [[name, class], ...]}``; None where all are null."""
     try:
-        entries = json.loads(file.read_text())["labels"] or []
+        entries = json.loads(content)["labels"] or []
         label_of = dict(entry for entry in entries if entry is not None)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f'cannot read {file} ({error!r}): need {{"labels": [["file.npy", class], ...]}}') from error
     if all(label is None for label in label_of.values()):
         return None
@@ -159,7 +168,6 @@ def _listed_labels(file: Path, names: list[str]) -> Tensor | None:
 
 def _mapped(file: Path) -> np.ndarray:
     """The array of a ``.npy`` file, mapped into memory without being read."""
-    _refuse_moments(file)
     try:
         return np.lib.format.open_memmap(file, mode="r")  # unlike np.load it has no way to unpickle
     except (OSError, ValueError) as error:
@@ -171,9 +179,5 @@ def _as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
-def _refuse_moments(file: Path) -> None:
-    if file.name.startswith(_MOMENTS):
-        raise ValueError(
-            f"{file} holds a VAE's mean and standard deviation, from which training draws each row anew: such a set is "
-            "a mixture of Gaussians, which GaussianMixtureBank(mean, std) holds"
-        )
+def _holds_moments(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(_MOMENTS)

@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_cla
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fm_stages.data.module import available_memory_bytes, is_first_rank
+from fm_stages.data.bank import available_memory_bytes, is_first_rank
 from fm_stages.data.pixels import ImageData, Splits
 from fm_stages.flow import keyed_generator
 

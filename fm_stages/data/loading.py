@@ -101,8 +101,15 @@ class LabelledRows(Dataset, ABC):
 
     def x1(self, item: Planned) -> Tensor:
         """What the network sees of a micro-batch: (B, ...) float32."""
-        # in place: new memory for each operation would take longer than the operations
-        return self.stored(item.rows).float().mul_(self.scale).add_(self.shift)
+        return self.normalise(self.stored(item.rows))
+
+    def normalise(self, stored: Tensor) -> Tensor:
+        """What the network sees of stored rows (B, *shape), whose memory is used: (B, *shape) float32."""
+        return stored.float().mul_(self.scale).add_(self.shift)  # new memory would cost more than the operations
+
+    def name_of(self, row: int) -> str:
+        """What a bank row is called in an error."""
+        return f"row {row}"
 
     def labels_of(self, index: Tensor) -> Tensor:
         """Labels of bank rows (B,): (B,) int64; -1 without."""

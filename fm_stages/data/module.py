@@ -1,22 +1,20 @@
 """What all data modules share: batches, bank, and the place in the data that a restart needs."""
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from fm_stages.data.bank import available_memory_bytes, bank_of
 from fm_stages.data.batches import accumulate, recount
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledRows
-from fm_stages.oracle import DataBank, GaussianMixtureBank, RowReader, plan_bank, together
+from fm_stages.oracle import DataBank, GaussianMixtureBank, plan_bank, together
 
 
 class _ResumableLoader(DataLoader):
@@ -160,7 +158,7 @@ class TrainingData(L.LightningDataModule):
             values, value_bytes = math.prod(train.shape), train.dtype.itemsize
             plan = plan_bank(num_rows, values, value_bytes, memory, ranks, self.shard_bank)
             own = plan.rows_of(dist.get_rank() if plan.sharded else 0)
-            self._bank = _bank_of(train, own, dist.group.WORLD if plan.sharded else None)
+            self._bank = bank_of(train, own, dist.group.WORLD if plan.sharded else None)
         return self._bank
 
     def train_dataloader(self) -> DataLoader:
@@ -298,33 +296,3 @@ class TrainingData(L.LightningDataModule):
                 "images were done, but their gradients are not in the file. The first step goes without them; save "
                 "after whole steps to continue exactly."
             )
-
-
-def _bank_of(train: LabelledRows, own: range, group: dist.ProcessGroup | None) -> DataBank | GaussianMixtureBank:
-    """The bank of a training set; ``own`` are the rows that this rank brings."""
-    every = own.stop - own.start
-    with tqdm(total=2 * every, desc="Making the bank", unit="row", delay=1, disable=not is_first_rank()) as bar:
-
-        def read(index: Tensor) -> Tensor:
-            values = train.stored(index + own.start)
-            bar.update(len(index))
-            return values
-
-        rows = RowReader((every, *train.shape), train.dtype, read)
-        labels = None if train.labels is None else train.labels_of(torch.arange(own.start, own.stop))
-        make = GaussianMixtureBank.of_moments if train.is_moments else DataBank
-        return make(rows, labels, train.scale, train.shift, group)
-
-
-def is_first_rank() -> bool:
-    """Whether this is the rank that shows progress bars."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be used without swapping, on Linux; elsewhere all there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,6 @@
 """A training set read from files into what `DataBank` takes: arrays, safetensors, folders of images or of latents."""
 
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +10,20 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
-from fm_stages.data.array_files import StoredRows, open_array, open_array_folder
+from fm_stages.data.array_files import open_array
+from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.images import decode, training_folder
+from fm_stages.data.latent_files import files_below, open_latents
+from fm_stages.data.latent_index import INDEX
 from fm_stages.data.loading import SCALE, SHIFT
-from fm_stages.data.module import available_memory_bytes
+from fm_stages.data.normalisation import normalised, statistics_file
+from fm_stages.data.stored_rows import StoredRows
 from fm_stages.data.tensor_files import open_tensors
 from fm_stages.flow import keyed_generator
 
 _ACCEPTED = (
     "a .npy or .safetensors file, a folder of images or of class folders of images, or a folder of latents "
-    "(.safetensors shards, or one .npy file each)"
+    "(.safetensors shards, or one .npy file each; or a .zip of those)"
 )
 
 
@@ -48,13 +51,14 @@ def read_rows(path: str | Path, image_size: int | None = None, num_rows: int | N
       ``latents_flip`` as further rows after the others, if they are there.
     - A folder of images, or of class folders, or one whose ``train`` folder has class folders: as `ImageFolder` reads
       them, but all of them, for none is held out here. Where all files are grey, rows have one channel.
-    - A folder of LightningDiT's shards, ``latents_rank*_shard*.safetensors``: as such files, one after another. Rows
-      that its sampler repeated at the end are left out where the labels tell them, as those of an ImageFolder in order
-      do; where they do not, there is a warning, and up to one row less than there were ranks may be there twice.
-    - A folder of ``.npy`` files of one latent each, with labels in ``dataset.json`` if that is there.
+    - A folder of latents, as `fm_stages.data.Latents` reads them: of ``index.json`` and its shards, of LightningDiT's
+      ``latents_rank*_shard*.safetensors``, or of ``.npy`` files of one latent each, with labels in ``dataset.json`` if
+      that is there. Rows that LightningDiT's sampler repeated at the end are left out where the labels tell them, as
+      those of an ImageFolder in order do; where they do not, there is a warning, and up to one row less than there were
+      ranks may be there twice.
 
-    Latents in ``.safetensors`` files are normalised by ``latents_stats.pt`` beside them, if it is there, through scale
-    and shift: x1 is what the files hold. Without it they are taken as they are.
+    A folder of latents is normalised by its ``latents_stats.pt``, which is computed if it is not there, through scale
+    and shift: x1 is what the files hold. A single ``.safetensors`` file is, if that is beside it.
 
     Args:
         path: the file or folder.
@@ -100,26 +104,42 @@ def _open(path: Path, image_size: int | None) -> StoredRows:
         case ".npy":
             return open_array(path)
         case ".safetensors":
-            return open_tensors([path])
+            return _open_tensors(path)
+        case ".zip":
+            return _open_latents(path)
     raise ValueError(f"{path} is of no kind that can be read: give {_ACCEPTED}")
+
+
+def _open_tensors(file: Path) -> StoredRows:
+    """One ``.safetensors`` file, with the statistics beside it if they are there."""
+    rows = open_tensors([file])
+    stats = statistics_file(file)
+    return normalised(rows, file, "channels") if stats.exists() and rows.dtype != torch.uint8 else rows
 
 
 def _open_folder(folder: Path, image_size: int | None) -> StoredRows:
     """Find out which one kind of files a folder holds, at any depth."""
-    files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    if (folder / INDEX).exists():
+        return _open_latents(folder)
     suffixes = {"images": IMG_EXTENSIONS, ".safetensors files": (".safetensors",), ".npy files": (".npy",)}
-    of_kind = {kind: [file for file in files if file.suffix.lower() in ends] for kind, ends in suffixes.items()}
+    of_kind = dict(zip(suffixes, files_below(folder, suffixes), strict=True))
     kinds = [kind for kind, those in of_kind.items() if those]
     if len(kinds) != 1:
         raise ValueError(f"{folder} holds {' and '.join(kinds) or 'nothing that can be read'}: give {_ACCEPTED}")
-    images, shards, arrays = of_kind.values()
-    if images:
-        return _open_images(folder, images, image_size)
-    if arrays:
-        return open_array_folder(folder, arrays)
-    if nested := [file for file in shards if file.parent != folder]:  # another split may lie beside it
-        raise ValueError(f"{nested[0]} lies deeper than {folder}: give the folder that holds the shards")
-    return open_tensors(shards)
+    return _open_images(folder, of_kind["images"], image_size) if of_kind["images"] else _open_latents(folder)
+
+
+def _open_latents(place: Path) -> StoredRows:
+    """Latents as `fm_stages.data.Latents` reads them unless it is told otherwise."""
+    rows, index = open_latents(place)
+    if rows.is_moments:
+        raise ValueError(
+            f"{place} holds moments, a VAE's means and standard deviations, from which training draws each row anew: "
+            "such a set is a mixture of Gaussians and no set of points; Latents(data_dir).bank() holds it, and "
+            "StageProfile.measure(oracle_of(bank, path)) measures its stages"
+        )
+    are_latents = len(rows.shape) == 3 and rows.dtype != torch.uint8
+    return normalised(rows, place, "channels", index=index) if are_latents else rows
 
 
 def _open_images(folder: Path, files: list[Path], image_size: int | None) -> StoredRows:
@@ -140,10 +160,18 @@ def _open_images(folder: Path, files: list[Path], image_size: int | None) -> Sto
         image_size = sizes[0][0]
     channels, size = 1 if grey else 3, image_size
 
-    def take(rows: Tensor) -> Tensor:
+    def read(rows: Tensor) -> Tensor:
         return decode([str(files[row]) for row in rows.tolist()], size)[:, :channels].contiguous()
 
-    return StoredRows(len(files), (channels, size, size), torch.uint8, take, labels, class_names=names)
+    return _Images(len(files), (channels, size, size), torch.uint8, read, labels, class_names=names)
+
+
+class _Images(StoredRows):
+    """Images, which are decoded under a bar of their own."""
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Rows (M,): (M, *shape)."""
+        return self.read(rows)
 
 
 def _survey(files: list[Path], size_is_given: bool) -> tuple[bool, list[tuple[int, int]]]:

@@ -34,12 +34,14 @@ class RowReader:
         dtype: of the values.
         read: rows (M,) int64, in rising order, as (M, ...) of that dtype.
         device: where they come out.
+        name_of: what a row is called in an error.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[Tensor], Tensor]
     device: torch.device = torch.device("cpu")
+    name_of: Callable[[int], str] = "row {} of x1".format
 
     @staticmethod
     def of(rows: Tensor | RowReader) -> RowReader:
@@ -103,7 +105,7 @@ class Survey:
         for values in rows.pieces():
             norms = values.float().norm(dim=1)  # finite, unless a value is not or their squares are too large
             if rows.dtype != torch.uint8 and not bool(norms.isfinite().all()):
-                _check_finite(values, start)
+                _check_finite(values, start, rows)
             digests[start : start + len(values)] = _digests(values)
             total += values.double().sum(0)
             norm = torch.maximum(norm, norms.max())
@@ -111,11 +113,11 @@ class Survey:
         return Survey(digests, total, norm)
 
 
-def _check_finite(values: Tensor, start: int) -> None:
+def _check_finite(values: Tensor, start: int, rows: RowReader) -> None:
     finite = torch.isfinite(values).all(1)
     if not bool(finite.all()):
         row = start + int((~finite).nonzero()[0])
-        raise ValueError(f"row {row} of x1 holds NaN or infinity: find out what preprocessing made it")
+        raise ValueError(f"{rows.name_of(row)} holds NaN or infinity: find out what preprocessing made it")
 
 
 def _digests(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fm_stages.data import FashionMNIST, ImageFolder, Rows, array_files, read_rows, rows
+from fm_stages.data import FashionMNIST, ImageFolder, Rows, read_rows, rows, stored_rows
 from fm_stages.oracle import DataBank
 
 
@@ -73,7 +73,7 @@ class TestArray:
         assert np.array_equal(read.x1.numpy(), values.astype(np.float32).astype(read.x1.numpy().dtype))
 
     def test_many_pieces_are_put_in_order(self, tmp_path):
-        values = np.arange(2 * array_files._PIECE + 5, dtype=np.float32)[:, None]
+        values = np.arange(2 * stored_rows.PIECE + 5, dtype=np.float32)[:, None]
         np.save(tmp_path / "x.npy", values)
         assert np.array_equal(read_rows(tmp_path / "x.npy").x1.numpy(), values)
 
@@ -375,7 +375,9 @@ class TestLatentFiles:
         read = read_rows(tmp_path)
         assert np.array_equal(read.x1.numpy(), values)
         assert read.labels.tolist() == [0, 1, 2, 0, 1]
-        assert (read.scale, read.shift) == (1, 0)
+        normal = values.astype(np.float64)
+        normal = (normal - normal.mean((0, 2, 3), keepdims=True)) / normal.std((0, 2, 3), keepdims=True)
+        assert np.abs(seen(read).numpy() - normal).max() < 1e-6
 
     @pytest.mark.parametrize(
         "labels", [None, [], [None] * 5, listed(label=lambda i: None), "no file"], ids=lambda labels: str(labels)[:12]
@@ -428,13 +430,16 @@ class TestLatentFiles:
         with pytest.raises(ValueError, match=r"a\.npy holds"):
             read_rows(tmp_path)
 
-    @pytest.mark.parametrize("as_file", [True, False])
-    def test_moments_are_refused(self, tmp_path, as_file):
-        write_latent_files(tmp_path)
-        file = tmp_path / "00002" / "img-mean-std-00000009.npy"
-        np.save(file, np.zeros((8, 2, 2), np.float32))
-        with pytest.raises(ValueError, match="img-mean-std-00000009.npy .* mixture of Gaussians"):
-            read_rows(file if as_file else tmp_path, num_rows=1)
+    def test_moments_are_refused(self, tmp_path):
+        for name in ("img-mean-std-00000008.npy", "img-mean-std-00000009.npy"):
+            np.save(tmp_path / name, np.zeros((8, 2, 2), np.float32))
+        with pytest.raises(ValueError, match=f"{tmp_path.name} holds moments, .* mixture of Gaussians"):
+            read_rows(tmp_path, num_rows=1)
+        with pytest.raises(ValueError, match="img-mean-std-00000009.npy .* give the folder"):
+            read_rows(tmp_path / "img-mean-std-00000009.npy")
+        np.save(tmp_path / "img-latents-00000000.npy", np.zeros((4, 2, 2), np.float32))
+        with pytest.raises(ValueError, match="only one of .*img-latents.* and img-mean-std-00000008.npy holds moments"):
+            read_rows(tmp_path)
 
     @pytest.mark.parametrize("with_labels", [True, False])
     def test_a_folder_around_one_array_is_not_one_row(self, tmp_path, with_labels):
