@@ -9,7 +9,7 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all lint format bench docker test-docker clean distclean
+.PHONY: help install demo test test-all test-slurm test-two-hosts lint format bench docker test-docker clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,12 @@ test: $(STAMP)  ## Run the tests, without the slow ones
 
 test-all: $(STAMP)  ## Run all tests
 	$(BIN)/python -m pytest -m ""
+
+test-slurm: $(STAMP)  ## Train on a real SLURM, which this installs and starts (root)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cluster/slurm.sh
+
+test-two-hosts: $(STAMP)  ## Train on two network namespaces, as on two machines (root)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cluster/two_hosts.sh
 
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .
