@@ -21,6 +21,12 @@ def _diagnose() -> None:
     diagnose_command()
 
 
+def _encode() -> None:
+    from fm_stages.studies import encode_command
+
+    encode_command()
+
+
 def _profile() -> None:
     from fm_stages.studies import profile_command
 
@@ -62,6 +68,7 @@ LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
+    "encode": ("images to latents, once: --data FOLDER --vae NAME_OR_PATH --out DIR", _encode),
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
     "sample": ("draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR", _sample),

@@ -140,7 +140,7 @@ class VAE:
                 raise ValueError(f"an image of {_PROBE}x{_PROBE} pixels becomes {height}x{width} latents")
         except Exception as error:  # those of video and of sound fail in many ways
             raise ValueError(
-                f"{self.name} is a {self.kind}, which does not encode RGB images ({error}): give an AutoencoderKL, or "
+                f"{self.name} is of class {self.kind}, which encodes no RGB images ({error}): give an AutoencoderKL or "
                 "another autoencoder of images of diffusers"
             ) from error
         return channels, _PROBE // height, gaussian

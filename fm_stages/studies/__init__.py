@@ -3,6 +3,7 @@
 from fm_stages.studies.compare import compare_command
 from fm_stages.studies.convert import import_command, import_network
 from fm_stages.studies.diagnose import diagnose, diagnose_command, load_run
+from fm_stages.studies.encode import encode_command
 from fm_stages.studies.export import export_command, export_file, export_folder
 from fm_stages.studies.handover import handover_command
 from fm_stages.studies.profile import profile_command
@@ -16,6 +17,7 @@ __all__ = [
     "compare_command",
     "diagnose",
     "diagnose_command",
+    "encode_command",
     "export_command",
     "export_file",
     "export_folder",

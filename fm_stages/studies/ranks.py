@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from fm_stages.training import find_launcher
@@ -27,6 +28,22 @@ class Job:
     local_rank: int = 0
     num_ranks: int = 1
     group: dist.ProcessGroup | None = None
+
+    def device(self, asked: str | None = None) -> torch.device:
+        """Where this rank works: what was asked for, or else a GPU of its own, or else the CPU.
+
+        Raises:
+            ValueError: if that device does not work.
+        """
+        its_own = f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.zeros(1, device=asked or its_own).item()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).split(". ")[0]
+            raise ValueError(
+                f"--device {asked or its_own} cannot be used, leave it out or take cpu: {reason}"
+            ) from error
+        return torch.device(asked or its_own)
 
 
 @contextmanager

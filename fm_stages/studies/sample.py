@@ -57,7 +57,7 @@ class _Drawing:
     def __init__(self, options: Namespace, job: Job) -> None:
         self.options, self.job, self.out = options, job, Path(options.out)
         with together(job.group):
-            self.device = _device(options.device, job.local_rank)
+            self.device = job.device(options.device)
             self.checkpoints = options.expert or [options.ckpt]
             trained = load_networks(self.checkpoints, options.weights)
             self.settings = Settings.of(options, trained)
@@ -183,17 +183,6 @@ class _Drawing:
         if plain["solver"] == "dopri5":
             return f"to about the tolerance, {plain['tolerance']:g}; exactly if drawn with batch_size 1"
         return f"to {SAME_IMAGE:g} of a value before rounding to pixels, whatever the batch and the number of ranks"
-
-
-def _device(asked: str | None, local_rank: int) -> torch.device:
-    """The device of this rank, which has to work."""
-    name = asked or (f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0]
-        raise ValueError(f"--device {name} cannot be used, leave it out or take cpu: {reason}") from error
-    return torch.device(name)
 
 
 def _name_of(device: torch.device) -> str:

@@ -101,7 +101,7 @@ class TestBadInput:
         torch.manual_seed(0)
         blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
         UNet2DModel(**blocks).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="UNet2DModel, which does not encode RGB images"):
+        with pytest.raises(ValueError, match="UNet2DModel, which encodes no RGB images"):
             load_vae(str(tmp_path))
 
     def test_other_words(self, folder):
