@@ -3,39 +3,61 @@
 from fm_stages.data.as_pictures import Pictures, pictures_of
 from fm_stages.data.atomic_files import PART, whole_file
 from fm_stages.data.batches import describe_shares
+from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_shard, sums_of_shard
+from fm_stages.data.image_files import ImageFiles, list_images, splits_of
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
+from fm_stages.data.latent_index import LatentIndex, locked
 from fm_stages.data.latents import Latents
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, Planned, to_model_range, to_pixels
 from fm_stages.data.module import TrainingData
 from fm_stages.data.pixels import ImageData
 from fm_stages.data.rows import Rows, read_rows, some_rows
-from fm_stages.data.statistics import channel_statistics, write_statistics
-from fm_stages.data.vae import VAE, load_vae
+from fm_stages.data.shard_writing import check_own_files, complete_folder, list_of_sources, open_folder, write_shard
+from fm_stages.data.statistics import channel_statistics, combine_sums, statistics_of, write_statistics
+from fm_stages.data.vae import PRECISIONS, VAE, load_vae
 
 __all__ = [
-    "PART",
-    "VAE",
     "CIFAR10",
+    "PART",
+    "PRECISIONS",
+    "VAE",
     "Digits",
+    "Encoder",
+    "Encoding",
     "EpochSampler",
     "FashionMNIST",
     "HeldOutSampler",
     "ImageData",
+    "ImageFiles",
     "ImageFolder",
     "LabelledImages",
+    "LatentIndex",
     "Latents",
     "Pictures",
     "Planned",
     "Rows",
     "TrainingData",
     "channel_statistics",
+    "check_own_files",
+    "combine_sums",
+    "complete_folder",
     "describe_shares",
+    "list_images",
+    "list_of_sources",
     "load_vae",
+    "locked",
+    "open_folder",
     "pictures_of",
+    "planned_index",
     "read_rows",
+    "rows_per_shard",
     "some_rows",
+    "splits_of",
+    "statistics_of",
+    "sums_of_shard",
     "to_model_range",
     "to_pixels",
     "whole_file",
+    "write_shard",
     "write_statistics",
 ]

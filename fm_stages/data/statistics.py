@@ -52,13 +52,13 @@ def channel_sums(rows: Tensor, stds: Tensor | None = None) -> ChannelSums:
             x = _own_values(stds[start : start + _PIECE])
             squares += np.square(x, out=x).sum(2).sum(0)
         parts.append(ChannelSums(x.shape[0] * x.shape[2], mean, squares))
-    sums = combine(parts)
+    sums = combine_sums(parts)
     if not np.isfinite(sums.squares).all():
         raise ValueError("some latents are not finite, so that they have no mean and standard deviation")
     return sums
 
 
-def combine(parts: Iterable[ChannelSums]) -> ChannelSums:
+def combine_sums(parts: Iterable[ChannelSums]) -> ChannelSums:
     """The sums of all parts, which are at least one, in their order."""
     return reduce(_join, parts)
 
@@ -104,7 +104,7 @@ def channel_statistics(blocks: Iterable[Tensor | tuple[Tensor, Tensor]]) -> dict
         ValueError: if a value is not finite, or a channel is constant.
     """
     return statistics_of(
-        combine(channel_sums(*block) if isinstance(block, tuple) else channel_sums(block) for block in blocks)
+        combine_sums(channel_sums(*block) if isinstance(block, tuple) else channel_sums(block) for block in blocks)
     )
 
 

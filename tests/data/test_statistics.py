@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fm_stages.data import channel_statistics, write_statistics
-from fm_stages.data.statistics import channel_sums, combine, statistics_of
+from fm_stages.data.statistics import channel_sums, combine_sums, statistics_of
 
 SHAPE = (700, 3, 4, 5)  # more rows than are summed at once
 
@@ -55,7 +55,7 @@ def test_moments_are_those_of_all_draws(rows):
 
 def test_threads_and_ranks_change_no_bit(rows):
     parts = [channel_sums(block) for block in rows.split(100)]
-    expected = statistics_of(combine(parts))
+    expected = statistics_of(combine_sums(parts))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
