@@ -91,6 +91,11 @@ class UNet(nn.Module):
             self.unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
         self._compile_blocks()
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The levels on the way down, the one between, and those on the way up."""
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy: torch leaves compiled code behind."""
         super().__setstate__(state)
@@ -98,7 +103,7 @@ class UNet(nn.Module):
 
     def _compile_blocks(self) -> None:
         if self.compile_blocks:
-            for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
+            for block in self.blocks:
                 block.compile()  # in place: torch.compile(block) would rename its weights
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from fm_stages.training.predictions import Predictions, predict_data, prediction
 from fm_stages.training.preemption import Preempted, Preemption
 from fm_stages.training.report import report
 from fm_stages.training.samples import SampleGrid, save_grid
+from fm_stages.training.sharding import FSDP2Strategy
 from fm_stages.training.stages import expected_floors
 from fm_stages.training.steering import StageAware
 from fm_stages.training.subset_targets import ClassSubsetTarget, SharedBatchTarget
@@ -34,6 +35,7 @@ __all__ = [
     "Checkpoints",
     "ClassSubsetTarget",
     "ConditionalTarget",
+    "FSDP2Strategy",
     "FlowMatching",
     "GapDensity",
     "HeldOut",

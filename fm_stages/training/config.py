@@ -32,6 +32,7 @@ from fm_stages.training.preemption import Preemption
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
 from fm_stages.training.samples import SampleGrid
+from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
 
@@ -204,6 +205,7 @@ class TrainingCLI(LightningCLI):
 
         Checkpoints, what they do on pre-emption, and the bar are only there where they are wanted.
         """
+        check_strategy(config["strategy"])
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         callbacks = [SameStart(), *callbacks, *(Preemption(c) for c in callbacks if isinstance(c, Checkpoints))]

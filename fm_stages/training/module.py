@@ -24,6 +24,7 @@ from fm_stages.flow import (
 )
 from fm_stages.oracle import measure_nearest, nearest_pays, oracle_of, rows_per_query
 from fm_stages.training.ema import frozen_twin, ramped_decay, update_twin
+from fm_stages.training.sharding import check_strategy
 from fm_stages.training.targets import ConditionalTarget, Target
 
 GOLDEN = 0.6180339887498949
@@ -121,6 +122,7 @@ class FlowMatching(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data, and hand the bank's oracle to a target that needs it."""
+        check_strategy(self.trainer.strategy)
         self.check_precision(self.trainer)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self.check_data(datamodule)
