@@ -17,7 +17,8 @@ from fm_stages import cli
 from fm_stages.networks import DiT, UNet
 from fm_stages.training import CONFIG_KEY, TrainingCLI, read_checkpoint
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = [file for file in FILES if not file.stem.startswith("strategy_")]  # which lie on top of another one
 BASE = Path(cli.__file__).parent / "base.yaml"
 SMALL = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"),

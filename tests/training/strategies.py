@@ -1,12 +1,11 @@
 """Started on two ranks by test_sharding.py: training under DDP and FSDP2, alone and in turn from one checkpoint.
 
-Usage: python -m torch.distributed.run --standalone --nproc_per_node 2 strategies.py FOLDER DEVICE
+Usage: python -m torch.distributed.run --standalone --nproc_per_node 2 strategies.py FOLDER short|long
 """
 
 from __future__ import annotations
 
 import faulthandler
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fm_stages import plots
+from fm_stages import cli, plots
 from fm_stages.data import Digits
 from fm_stages.flow import LearnedWeighting
 from fm_stages.networks import DiT, UNet
@@ -33,7 +32,8 @@ from fm_stages.training import (
     Throughput,
 )
 
-TIMEOUT_SEC = 200
+CONFIGS = Path(__file__).parents[2] / "configs"
+TIMEOUT_SEC = 220
 NUM_STEPS = 20
 SAVED = (5, 10, 15)
 BATCH = 48
@@ -75,7 +75,7 @@ class Recorder(L.Callback):
         self.seen["sharded"] = [isinstance(p, DTensor) for p in parameters]
         self.seen["kept"] = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
         self.seen["dtypes"] = {p.dtype for p in parameters}
-        self.seen["parts"] = sum(isinstance(part, FSDPModule) for part in pl_module.modules())
+        self.seen["num_parts"] = sum(isinstance(part, FSDPModule) for part in pl_module.modules())
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if not trainer.sanity_checking:
@@ -104,18 +104,19 @@ def train(
     network: Any = None,
     module: dict[str, Any] | None = None,
     gradients: int = 0,
+    with_pictures: bool = False,
     micro_batch_size: int = 12,
     **trainer: Any,
 ) -> dict[str, Any]:
     """Train on the digits with all callbacks; returns what `Recorder` saw."""
     warnings.filterwarnings("ignore", ".*does not have many workers")
     recorder = Recorder(save)
-    pictures = SampleGrid(every_n_steps=10, num_samples=10, num_steps=2)
+    pictures = SampleGrid(every_n_steps=0, num_samples=10, num_steps=2, num_predictions=2)
     steering = StageAware([ShiftToBoundary(0.6, warmup_steps=4)], gradients_every_n_steps=gradients)
     profile = folder.parent / "profile.json"  # of the first run: to measure the stages takes longer than to train
-    monitor = OracleMonitor(every_n_steps=1, window=5, num_bins=6, profile=str(profile) if profile.exists() else None)
+    monitor = OracleMonitor(every_n_steps=1, window=10, num_bins=6, profile=str(profile) if profile.exists() else None)
     L.Trainer(
-        accelerator="gpu" if torch.cuda.is_available() and devices > 1 else "cpu",
+        accelerator="cpu",
         devices=devices,
         strategy=strategy,
         max_steps=max_steps,
@@ -125,7 +126,7 @@ def train(
         num_sanity_val_steps=1,
         gradient_clip_val=0.05,  # of norms near 0.5
         use_distributed_sampler=False,
-        callbacks=[monitor, steering, pictures, Throughput(every_n_steps=4), recorder],
+        callbacks=[monitor, steering, *([pictures] if with_pictures else []), Throughput(every_n_steps=4), recorder],
         logger=CSVLogger(folder, name="", version=""),
         default_root_dir=folder,
         enable_checkpointing=False,
@@ -142,7 +143,7 @@ def train(
         ),
         datamodule=Digits(
             batch_size=BATCH,
-            val_batch_size=51,
+            val_batch_size=181,
             flip=True,
             micro_batch_size=micro_batch_size,
             shard_bank=shard_bank,
@@ -161,34 +162,70 @@ def refusal(folder: Path, **options: Any) -> str:
     return "nothing"
 
 
-def main(folder: Path) -> None:
-    runs: dict[Any, Any] = {}
-    made = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
-    for name, strategy in made.items():
-        for shard_bank in (True, False):
-            runs[name, shard_bank] = train(folder / f"{name}_{shard_bank}", strategy(), 2, shard_bank=shard_bank)
-    # in turn, each from the file of the one before, the first from that of a single process; and with other micro-batches
+def by_command(folder: Path) -> None:
+    """The real command, with a network that compiles nothing and pictures that take no time."""
+    small = ("network.init_args.hidden_size=24", "network.init_args.depth=1", "network.init_args.num_heads=2")
+    sys.argv = [
+        *("fm-stages", "fit", "--config", str(CONFIGS / "digits_dit.yaml")),
+        *("--config", str(CONFIGS / "strategy_fsdp.yaml"), *(f"--model.{option}" for option in small)),
+        *("--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.default_root_dir={folder}"),
+        *("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"),
+        *(
+            "--trainer.logger=CSVLogger",
+            "--samples.num_samples=10",
+            "--samples.num_steps=2",
+            "--samples.every_n_steps=0",
+        ),
+        *("--monitor.every_n_steps=1", "--monitor.window=2"),
+        "--data.init_args.micro_batch_size=32",
+    ]
+    cli.main()
+
+
+STRATEGIES = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
+
+
+def short(folder: Path) -> dict[Any, Any]:
+    """Both for 20 steps; in turn from one checkpoint; what is refused; the command."""
+    runs: dict[Any, Any] = {
+        ("ddp", False): train(folder / "ddp", "ddp", 2, shard_bank=False),
+        ("fsdp2", True): train(folder / "fsdp2", FSDP2Strategy(), 2, shard_bank=True, with_pictures=True),
+    }
+    # each from the file of the one before, the first from a single process's; and with other micro-batches
     for first, name, micro in zip(SAVED, ("fsdp2", "ddp", "fsdp2"), (24, 6, 12), strict=True):
         ckpt_path = folder / ("single" if first == SAVED[0] else "in_turn") / f"{first}.ckpt"
         options = {"max_steps": first + 5, "micro_batch_size": micro, "ckpt_path": ckpt_path}
-        runs["in turn", first] = train(folder / "in_turn", made[name](), 2, save=folder / "in_turn", **options)
-    for name, strategy in made.items():
-        runs[name, "bf16"] = train(folder / f"{name}_bf16", strategy(), 2, max_steps=5, precision="bf16-mixed")
-        runs[name, "unet"] = train(folder / f"{name}_unet", strategy(), 2, max_steps=3, network=make_unet())
-    network = make_network(activation_checkpointing=True)
-    runs["recomputed"] = train(folder / "recomputed", FSDP2Strategy(), 2, max_steps=3, network=network)
+        runs["in turn", first] = train(folder / "in_turn", STRATEGIES[name](), 2, save=folder / "in_turn", **options)
     runs["refused"] = {
         "weighting": refusal(folder / "refused", module={"weighting": LearnedWeighting()}),
         "gradients": refusal(folder / "refused", gradients=2),
     }
-    torch.save(runs, folder / f"rank{dist.get_rank()}.pt")
+    by_command(folder / "command")
+    return runs
+
+
+def long(folder: Path) -> dict[Any, Any]:
+    """The other way to hold the bank, other networks and precision, and what else may be combined."""
+    runs: dict[Any, Any] = {}
+    for name, strategy in STRATEGIES.items():
+        runs[name, "bank"] = train(folder / f"{name}_bank", strategy(), 2, shard_bank=name == "ddp")
+        runs[name, "bf16"] = train(folder / f"{name}_bf16", strategy(), 2, max_steps=5, precision="bf16-mixed")
+        runs[name, "unet"] = train(folder / f"{name}_unet", strategy(), 2, max_steps=3, network=make_unet())
+    for name, options, module in (
+        ("recomputed", {"activation_checkpointing": True}, {}),
+        ("compiled blocks", {"compile_blocks": True}, {}),
+        ("compiled and recomputed", {"compile_blocks": True, "activation_checkpointing": True}, {}),
+        ("compiled", {}, {"compile": True}),
+    ):
+        network = make_network(**options)
+        runs[name] = train(folder / name, FSDP2Strategy(), 2, max_steps=5, network=network, module=module)
+    return runs
 
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(TIMEOUT_SEC, exit=True)
     torch.set_num_threads(1)
     plots.save = lambda figure, path: path  # a figure takes a second, and nobody looks at these
-    if sys.argv[2] == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if sys.argv[2] == "cuda" else "gloo")
-    main(Path(sys.argv[1]))
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    torch.save({"short": short, "long": long}[sys.argv[2]](folder), folder / f"rank{dist.get_rank()}.pt")
