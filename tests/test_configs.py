@@ -16,6 +16,7 @@ from torchvision.datasets import CIFAR10
 from fm_stages import cli
 from fm_stages.networks import DiT, UNet
 from fm_stages.training import CONFIG_KEY, TrainingCLI, read_checkpoint
+from tests.data import latent_folders
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CONFIGS = [file for file in FILES if not file.stem.startswith("strategy_")]  # which lie on top of another one
@@ -54,19 +55,24 @@ def small_data(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "_check_exists", lambda self: True)
     monkeypatch.setenv("FM_STAGES_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(latent_folders, "SHAPE", (4, 32, 32))
+    for split, num in (("train", 12), ("val", 4)):
+        latent_folders.write_indexed(tmp_path / "data/imagenet256_latents" / split, num=num, seed=num)
 
 
 @pytest.fixture
 def shallow_networks(monkeypatch) -> None:
-    """One block in place of twelve, 64 channels of 256: what a config says of the data is tried all the same."""
+    """One narrow block in place of twelve, 64 channels of 256: what a config says of the data is tried all the same."""
     make = DiT.__init__
 
     @functools.wraps(make)
     def make_shallow(self, *args, **kwargs) -> None:
         bound = inspect.signature(make).bind(self, *args, **kwargs)
-        make(**{**bound.arguments, "depth": 1})
+        width = min(bound.arguments["hidden_size"], 32 * bound.arguments["num_heads"])
+        make(**{**bound.arguments, "depth": 1, "hidden_size": width})
 
     monkeypatch.setattr(DiT, "__init__", make_shallow)
+    monkeypatch.setattr("fm_stages.oracle.wiener.MAX_DIMS", 4000)  # a covariance of latents takes a CPU 15 s
     make_unet = UNet.__init__
 
     @functools.wraps(make_unet)
@@ -105,6 +111,19 @@ class TestEachConfig:
         assert folder == f"runs/{config.stem}"
 
 
+@pytest.mark.parametrize("size", ["b2", "xl2"])
+def test_imagenet_follows_sit(size):
+    """The published recipe, in every number that makes the result."""
+    config = yaml.safe_load((CONFIGS[0].parent / f"imagenet256_dit_{size}.yaml").read_text())
+    model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
+    assert model["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert model["optimizer"]["init_args"] == {"lr": 1e-4, "weight_decay": 0.0}
+    assert (model["label_dropout"], model["ema_decay"]) == (0.1, 0.9999)
+    assert (data["batch_size"], data["flip"], data["normalisation"]) == (256, True, "vae")
+    assert trainer["gradient_clip_val"] is None
+    assert not {"path", "timesteps", "weighting", "target", "warmup_steps"} & model.keys()  # linear, uniform, constant
+
+
 def test_the_defaults_are_package_data():
     assert BASE.is_file()
     assert set(yaml.safe_load(BASE.read_text())) == {"seed_everything", "trainer", "model"}
@@ -115,6 +134,6 @@ def test_parsing_reads_no_data_and_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("FM_STAGES_DATA", os.fspath(tmp_path / "nowhere"))
     for config in CONFIGS:
-        if "cifar" not in config.stem:  # whose network takes a second to build
+        if not config.stem.startswith(("cifar", "imagenet")):  # whose networks take seconds to build
             TrainingCLI(["--config", str(config), "--trainer.logger=false"], run=False)
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,7 @@ from fm_stages.training import (
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TIMEOUT_SEC = 220
+TIMEOUT_SEC = {"short": 220, "long": 560}
 NUM_STEPS = 20
 SAVED = (5, 10, 15)
 BATCH = 48
@@ -223,7 +223,7 @@ def long(folder: Path) -> dict[Any, Any]:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(TIMEOUT_SEC, exit=True)
+    faulthandler.dump_traceback_later(TIMEOUT_SEC[sys.argv[2]], exit=True)
     torch.set_num_threads(1)
     plots.save = lambda figure, path: path  # a figure takes a second, and nobody looks at these
     dist.init_process_group("gloo")

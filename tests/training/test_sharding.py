@@ -97,6 +97,7 @@ class TestSameRun:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 class TestCombined:
     @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
     def test_the_other_way_to_hold_the_bank(self, more_runs, alone, name):
