@@ -1,4 +1,4 @@
-"""How rows of a training set are shown: images as they are, latents by their first channels."""
+"""How rows of a training set are shown: images as they are, latents decoded, or else by their first channels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fm_stages.data.loading import to_model_range
+from fm_stages.data.module import TrainingData
 from fm_stages.flow import keyed_generator
 from fm_stages.oracle import DataBank, GaussianMixtureBank
 
@@ -21,11 +23,26 @@ Pictures = Callable[[Tensor], np.ndarray]
 """Makes of rows (..., *shape of a row) pictures (..., H, W[, 3]) with values in [-1, 1]."""
 
 
-def pictures_of(bank: DataBank | GaussianMixtureBank) -> tuple[Pictures, str] | None:
+def pictures_of(bank: DataBank | GaussianMixtureBank, data: object = None) -> tuple[Pictures, str] | None:
     """How rows are shown, and what is to be said about it; None for rows that are no pictures.
 
     Of a sharded bank every rank calls this.
+
+    Args:
+        bank: of the rows.
+        data: the data module that they are of, which may know how to decode them.
     """
+    if (
+        isinstance(data, TrainingData)
+        and len(bank.shape) == 3
+        and data.picture_shape(data.shape) not in (None, bank.shape)
+    ):
+
+        def decoded(x: Tensor) -> np.ndarray:
+            pixels = data.to_pixels(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+            return _to_numpy(to_model_range(pixels).movedim(-3, -1))
+
+        return decoded, "; decoded by the VAE"
     if len(bank.shape) == 2:
         return _to_numpy, ""
     if len(bank.shape) != 3:

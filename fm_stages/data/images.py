@@ -32,8 +32,9 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
         Indices of the training and of the held-out images, each in rising order.
     """
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().squeeze(1)
+    order = torch.from_numpy(labels.numpy().argsort(kind="stable"))  # each class in a row, its members in rising order
+    classes, counts = labels[order].unique_consecutive(return_counts=True)
+    for label, members in zip(classes.tolist(), order.split(counts.tolist()), strict=True):
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         shuffled = torch.randperm(len(members), generator=keyed_generator("split", seed, label))
         held_out[members[shuffled[:count]]] = True

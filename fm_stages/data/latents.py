@@ -6,86 +6,53 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fm_stages.data.images import stratified_split
 from fm_stages.data.latent_files import open_latents
 from fm_stages.data.latent_index import LatentIndex
-from fm_stages.data.loading import LabelledRows, Planned
+from fm_stages.data.latent_rows import LatentRows
+from fm_stages.data.loading import to_pixels
 from fm_stages.data.module import Opened, TrainingData
 from fm_stages.data.normalisation import Normalisation, normalised
+from fm_stages.data.shared_memory import in_memory
 from fm_stages.data.stored_rows import StoredRows
-from fm_stages.flow import keyed_normal
-from fm_stages.oracle import moments_affine
+from fm_stages.data.vae import VAE, load_vae
+
+DECODED = 8
+"""Latents that are decoded at a time: a VAE takes some 0.5 GiB for an image of 256x256."""
 
 Residency = Literal["disk", "ram", "device"]
-
-
-class LatentRows(LabelledRows):
-    """Some of the rows of a set of latents on disk, with labels.
-
-    Args:
-        source: all rows; their scale and shift are those of (C, H, W), also of moments.
-        own: which of the images these are (N,) int64, in rising order.
-        num_classes: number of classes; 0 without labels.
-        seed: of the draws from moments.
-        in_bank: whether this is the training set; see `LabelledRows`.
-    """
-
-    def __init__(self, source: StoredRows, own: Tensor, num_classes: int, seed: int, in_bank: bool = True) -> None:
-        scale, shift = source.scale, source.shift
-        if source.is_moments:
-            scale, shift = moments_affine(scale, shift, source.shape[1:])
-        labels = None if source.labels is None else source.labels[own]
-        super().__init__(source.shape, source.dtype, labels, num_classes, in_bank, scale, shift)
-        self.source, self.own, self.seed = source, own, seed
-
-    def __len__(self) -> int:
-        """Number of images, flips not counted."""
-        return len(self.own)
-
-    def stored(self, index: Tensor) -> Tensor:
-        """Bank rows (B,) as they are stored: (B, *shape). See `LabelledRows.stored`."""
-        self.check_index(index)
-        flips = (index >= len(self)).long()
-        return self.source.read(self.own[index % len(self)] + self.source.num_images * flips)
-
-    def name_of(self, row: int) -> str:
-        """Where a row of the bank lies."""
-        flip, image = divmod(row, len(self))
-        return self.source.name_of(int(self.own[image]) + flip * self.source.num_images)
-
-    def x1(self, item: Planned) -> Tensor:
-        """What the network sees of a micro-batch: (B, C, H, W) float32; of moments a new draw of each."""
-        seen = self.seen(item.rows)
-        if not self.is_moments:
-            return seen
-        # on the CPU wherever the moments are, so that all residencies draw the same
-        key = ("latents", self.seed, item.step) if self.in_bank else ("held-out latents", self.seed)
-        mean, std = seen.unbind(1)
-        return mean + std * keyed_normal(key, item.positions, tuple(mean.shape[1:])).to(mean.device)
-
-    def seen(self, index: Tensor) -> Tensor:
-        """Bank rows (B,) in units of the network, moments as mean and std: (B, *shape) float32."""
-        return self.normalise(self.stored(index))
 
 
 class Latents(TrainingData):
     """Latents of a VAE, as ``fm-stages encode``, LightningDiT, REPA, EDM2 or SpeedrunDiT write them.
 
-    Of moments, a mean and a std, x1 is drawn anew in every step; the bank is then a mixture of Gaussians. What a batch
-    holds does not depend on where the rows reside.
+    Of moments, a mean and a std, x1 is drawn anew in every step; the bank is then a mixture of Gaussians.
+
+    Batches do not depend on where the training rows reside, nor does their order:
+
+    - ``disk``: the files are mapped into memory. Nothing has to be loaded, no size is too large, and what was read
+      stays in the system's cache as long as there is room; so this is the default.
+    - ``ram``: one tensor, loaded at the start, which the ranks of a host share. It stays there whatever else is read.
+    - ``device``: the bank is the training set, and batches are looked up in it where it lies, on the GPU. There is no
+      other copy. Of a sharded bank the rows come from the ranks that hold them.
 
     Args:
         data_dir: folder of ``index.json`` and its shards, of LightningDiT's shards, or of one ``.npy`` for each latent;
             or EDM2's ``.zip``.
         val_dir: the same of held-out images; None: a part of data_dir, which is then not trained on.
+        residency: ``disk``, ``ram`` or ``device``. Held-out rows stay on disk.
         normalisation: ``channels``: (z - mean) / std of each channel, from ``latents_stats.pt``, which is made if it is
             not there; ``vae``: (z - shift_factor) * scaling_factor of the index; ``none``.
         multiplier: of what that gives.
         flip: whether rows are replaced at random by those of the flipped image, which were encoded with it.
         val_fraction: size of the held-out part, in each class.
         split_seed: of its choice.
+        vae: folder or name on the hub of the VAE, by which what is drawn becomes pictures; None: what the index names.
+            It is loaded when the first picture is wanted; ``none``: never, pictures are then of the first channels.
         verify: whether to compare the checksums of the shards with the index, which reads them whole.
         kwargs: as for `TrainingData`.
 
@@ -97,22 +64,32 @@ class Latents(TrainingData):
         self,
         data_dir: str,
         val_dir: str | None = None,
+        residency: Residency = "disk",
         normalisation: Normalisation = "channels",
         multiplier: float = 1.0,
         flip: bool = True,
         val_fraction: float = 0.02,
         split_seed: int = 0,
+        vae: str | None = None,
         verify: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(flip=flip, **kwargs)
         if not (multiplier > 0 and multiplier < float("inf")) or not 0 < val_fraction < 1:
             raise ValueError(f"multiplier={multiplier} must be above 0, val_fraction={val_fraction} inside (0, 1)")
+        if residency == "device" and self.num_workers:
+            raise ValueError(
+                f"num_workers={self.num_workers}: with residency 'device' batches are looked up in the bank, which "
+                "other processes cannot: set num_workers to 0"
+            )
+        self.residency = residency
         self.data_dir = Path(data_dir).expanduser()
         self.val_dir = Path(val_dir).expanduser() if val_dir else None
         self.normalisation, self.multiplier = normalisation, multiplier
         self.val_fraction, self.split_seed, self.verify = val_fraction, split_seed, verify
+        self.vae = vae
         self.index: LatentIndex | None = None
+        self._decoder: VAE | None = None
 
     def open(self) -> Opened:
         """Map the files into memory; read labels and statistics.
@@ -143,7 +120,75 @@ class Latents(TrainingData):
             kept = torch.arange(held_out.num_images)
             held_out = held_out._replace(scale=rows.scale, shift=rows.shift)
         train = LatentRows(rows, own, len(names), self.seed)
+        train.on_host = self.residency != "device"
         return Opened(train, LatentRows(held_out, kept, len(names), self.seed, in_bank=False), names)
+
+    def train_dataloader(self) -> DataLoader:
+        """See `TrainingData.train_dataloader`. Every rank calls this: rows are brought to where they reside.
+
+        Raises:
+            MemoryError: if they do not fit there.
+        """
+        loader = super().train_dataloader()  # refuses a batch size first
+        train, trainer = self._ready().train, self.trainer
+        assert isinstance(train, LatentRows)
+        if trainer is not None and trainer.world_size > 1 and not self._on_ranks:  # the run is only being checked
+            return loader
+        if self.residency == "ram" and train.memory is None:
+            shape = (self.num_train * (2 if self.flip else 1), *train.shape)
+            train.memory = in_memory(shape, train.dtype, train.stored, dist.group.WORLD if self._on_ranks else None)
+        elif self.residency == "device":
+            train.bank = self.bank()
+            if trainer is not None:
+                train.bank.to(trainer.strategy.root_device)
+        return loader
+
+    def decoder(self, device: torch.device | str = "cpu") -> VAE | None:
+        """The VAE that the latents are of, loaded on the first call; None where none is named.
+
+        Raises:
+            FileNotFoundError: if there is no such VAE.
+            ValueError: if it cannot be read, or makes other latents.
+        """
+        self._ready()
+        if self.vae == "none" or (self.vae is None and self.index is None):
+            return None
+        if self._decoder is None:
+            name, revision = self.vae, None
+            if name is None:
+                assert self.index is not None
+                name, revision = self.index.vae["name"], self.index.vae["revision"]
+            try:
+                found = load_vae(name, revision, device=device)
+            except (FileNotFoundError, ValueError) as error:
+                message = f"no VAE for the pictures of {self.data_dir}: {error}; or set the data's vae (none: never)"
+                raise type(error)(message) from error
+            if found.channels != self.shape[0]:
+                raise ValueError(
+                    f"{name} makes latents of {found.channels} channels, {self.data_dir} holds {self.shape[0]}: set "
+                    "vae to the one that encoded them"
+                )
+            self._decoder = found
+        return self._decoder
+
+    def picture_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
+        """See `TrainingData.picture_shape`."""
+        decoder = self.decoder()
+        return None if decoder is None else (3, shape[1] * decoder.factor, shape[2] * decoder.factor)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Latents as a network draws them, (B, C, H, W), decoded a few at a time: (B, 3, H', W') uint8.
+
+        Raises:
+            ValueError: if no VAE is named.
+        """
+        decoder = self.decoder(images.device)
+        if decoder is None:
+            raise ValueError(f"nothing decodes the latents of {self.data_dir}: set vae to the folder of their VAE")
+        source = self._ready().train.source  # type: ignore[attr-defined]
+        scale, shift = (torch.as_tensor(x).to(images.device) for x in (source.scale, source.shift))
+        parts = (decoder.decode((part.float() - shift) / scale) for part in images.split(DECODED))
+        return torch.cat([to_pixels(part) for part in parts]).to(images.device)
 
     def _held_out(self, rows: StoredRows) -> StoredRows | None:
         """The rows of val_dir, if there is one."""

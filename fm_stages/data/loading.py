@@ -82,6 +82,9 @@ class LabelledRows(Dataset, ABC):
         self.shape, self.dtype, self.labels, self.num_classes, self.in_bank = shape, dtype, labels, num_classes, in_bank
         self.scale, self.shift = scale, shift
 
+    on_host = True
+    """Whether batches come out in the host's memory, from where they travel to the device."""
+
     @property
     def is_moments(self) -> bool:
         """Whether a row is a distribution, from which x1 is drawn anew each time."""

@@ -110,6 +110,10 @@ class TrainingData(L.LightningDataModule):
         """What a network draws, (B, C, H, W), as pixels: uint8, (B, C', H', W')."""
         raise NotImplementedError
 
+    def picture_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
+        """Shape of the pixels of what a network draws, (C, H, W); None where nothing makes pixels of it."""
+        return shape
+
     def setup(self, stage: str | None = None) -> None:
         """Read the data, once; later calls are free.
 
@@ -130,7 +134,8 @@ class TrainingData(L.LightningDataModule):
                 self._accumulating = self.trainer
         if self._opened is not None:
             return
-        opened = self.open()
+        with together(dist.group.WORLD if self._on_ranks else None):
+            opened = self.open()
         self.class_names = list(opened.class_names)
         self.num_classes = len(self.class_names)
         self.num_train, self.num_val = len(opened.train), len(opened.val)
@@ -151,7 +156,7 @@ class TrainingData(L.LightningDataModule):
         if self._bank is None:
             train = self._ready().train
             num_rows = self.num_train * (2 if self.flip else 1)
-            ranks = self.trainer.world_size if self.trainer and dist.is_initialized() else 1
+            ranks = dist.get_world_size() if self._on_ranks else 1
             with together(dist.group.WORLD if ranks > 1 else None) as meeting:
                 meeting.size = self._memory_per_rank()
             memory = min(meeting.sizes)  # all must come to the same plan, and free memory differs
@@ -223,6 +228,11 @@ class TrainingData(L.LightningDataModule):
         if more is not None:
             place.update(accumulation=new, batches=place["batches"] + more)
 
+    @property
+    def _on_ranks(self) -> bool:
+        """Whether there are ranks to work with; while a run is only being checked there are none yet."""
+        return self.trainer is not None and self.trainer.world_size > 1 and dist.is_initialized()
+
     def _memory_per_rank(self) -> int:
         """Memory where this rank's bank will lie."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -244,7 +254,7 @@ class TrainingData(L.LightningDataModule):
             sampler=sampler,
             batch_size=None,  # an item of the sampler is a whole batch
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and dataset.on_host,
             generator=torch.Generator(),  # seeds the workers; the global one would advance with every iteration
         )
 

@@ -15,7 +15,7 @@ from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, moments
 from fm_stages.oracle.neighbours import largest_weights, nearest_rows
 from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank, rows_per_query
 from fm_stages.oracle.profile import THRESHOLDS, StageCurves, StageProfile
-from fm_stages.oracle.ranks import together
+from fm_stages.oracle.ranks import gather_objects, together
 from fm_stages.oracle.skipping import measure_nearest
 from fm_stages.oracle.stored_rows import RowReader
 from fm_stages.oracle.wiener import Wiener, linear_reference
@@ -43,6 +43,7 @@ __all__ = [
     "count_columns",
     "decompose",
     "describe",
+    "gather_objects",
     "largest_weights",
     "linear_reference",
     "mean_square",

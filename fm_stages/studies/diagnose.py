@@ -213,7 +213,7 @@ def _draw_predictions(
 ) -> None:
     """``predictions.png``: what the module's network takes noisy training images for, beside the oracle."""
     oracle = oracle_of(data.bank(), module.path)
-    shown = pictures_of(oracle.bank)
+    shown = pictures_of(oracle.bank, data)
     if shown is None:
         return
     to_picture, note = shown

@@ -62,15 +62,18 @@ class _Drawing:
             trained = load_networks(self.checkpoints, options.weights)
             self.settings = Settings.of(options, trained)
             notes = check_stages(self.checkpoints, trained, self.settings.split)
-            # what a network draws, where nothing says how it becomes pixels: latents of an imported one
-            self.to_pixels = next((one.data.to_pixels for one in trained if one.data), None)
+            self.shape, self.num_classes = trained[0].shape, trained[0].num_classes
+            data = next((one.data for one in trained if one.data), None)
+            pixels = None if data is None else data.picture_shape(self.shape)
+            # what a network draws, where nothing says how it becomes pixels: latents without a VAE
+            self.to_pixels = None if data is None or pixels is None else data.to_pixels
             if self.to_pixels is None and options.format != "safetensors":
+                lacks = "names no data" if data is None else "names data without a VAE"
                 raise ValueError(
-                    f"--format {options.format}: {self.checkpoints[0]} names no data, so nothing says how its values "
+                    f"--format {options.format}: {self.checkpoints[0]} {lacks}, so nothing says how its values "
                     "become pixels; --format safetensors writes them as they are, in float32"
                 )
-            self.shape, self.num_classes = trained[0].shape, trained[0].num_classes
-            self.files: ImageFiles = FORMATS[options.format](self.out, options.num, self.shape)
+            self.files: ImageFiles = FORMATS[options.format](self.out, options.num, pixels or self.shape)
             self.record = self._open() if job.rank == 0 else {}
         self.networks = [one.network.to(self.device) for one in trained]
         for note in notes if job.rank == 0 else ():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from fm_stages import plots
-from fm_stages.data import pictures_of
+from fm_stages.data import TrainingData, pictures_of, to_model_range
 from fm_stages.flow import Guidance, sample, solver_named, time_grid
 from fm_stages.training.loggers import is_trial, log_image, run_folder
 from fm_stages.training.monitor import OracleMonitor
@@ -92,6 +92,8 @@ class SampleGrid(L.Callback):
             raise ValueError(
                 f"SampleGrid draws with the module's `network`, and {type(pl_module).__name__} has none: name it so"
             )
+        if isinstance(datamodule, TrainingData) and (self.num_samples or self.num_predictions):
+            datamodule.picture_shape(datamodule.shape)  # loads what decodes, or says why it cannot
         if self.num_samples == 0:
             return
         if not (hasattr(datamodule, "shape") and hasattr(datamodule, "num_classes")):
@@ -155,7 +157,7 @@ class SampleGrid(L.Callback):
                 if trainer.is_global_zero:
                     name = f"{weights.lower()}{suffix}"
                     path = _file(trainer, name)
-                    save_grid(images, path, columns)
+                    save_grid(as_images(images, data), path, columns)
                     log_image(trainer, f"samples/{name}", path)
 
     def _draw_predictions(self, trainer: L.Trainer, networks: dict[str, nn.Module]) -> None:
@@ -164,7 +166,7 @@ class SampleGrid(L.Callback):
         if not monitors or monitors[0].profile is None:
             return
         oracle, profile = monitors[0].oracle, monitors[0].profile
-        shown = pictures_of(oracle.bank)
+        shown = pictures_of(oracle.bank, trainer.datamodule)  # type: ignore[attr-defined]
         if shown is None:
             return
         found = predict_data(networks, oracle, profile, self.num_predictions, self.seed)
@@ -189,6 +191,13 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 def _file(trainer: L.Trainer, name: str) -> Path:
     return run_folder(trainer) / "samples" / f"{name}_{trainer.global_step:07d}.png"
+
+
+def as_images(drawn: Tensor, data: object) -> Tensor:
+    """What a network drew, (B, C, H, W), in [-1, 1] to be shown: decoded, where the data knows how to."""
+    if not isinstance(data, TrainingData) or data.picture_shape(data.shape) in (None, data.shape):
+        return drawn
+    return to_model_range(data.to_pixels(drawn))
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

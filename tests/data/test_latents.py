@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fm_stages.data import Latents, normalisation, read_rows
+from fm_stages.data import Latents, load_vae, normalisation, pictures_of, read_rows
 from fm_stages.oracle import DataBank, GaussianMixtureBank
 from tests.data import latent_folders as folders
 from tests.data.latent_folders import NUM, NUM_CLASSES, SHAPE, values
@@ -225,6 +225,50 @@ class TestNormalisation:
         index = torch.cat([own, own + NUM])
         assert torch.equal(profiled.rows(index), bank.rows(torch.arange(len(bank))))
         assert torch.equal(profiled.labels_of(index), bank.labels_of(torch.arange(len(bank))))
+
+
+class TestPictures:
+    @pytest.fixture
+    def vae(self, write_vae, tmp_path):
+        return write_vae(tmp_path / "vae")
+
+    @pytest.mark.parametrize("normalisation", ["channels", "vae", "none"])
+    def test_pixels_are_those_of_the_vae(self, tmp_path, vae, normalisation):
+        folders.write_indexed(tmp_path / "data")
+        data = Latents(str(tmp_path / "data"), vae=str(vae), normalisation=normalisation, multiplier=0.7, batch_size=8)
+        raw = values("latents")[own_images(data)]
+        pixels = data.to_pixels(data.bank().rows(torch.arange(11)))
+        assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (11, *data.picture_shape(SHAPE)))
+        wanted = (load_vae(str(vae)).decode(raw[:11]) + 1) * 127.5
+        assert (pixels - wanted).abs().max() < 0.51
+
+    def test_rows_are_shown_decoded_or_by_their_channels(self, tmp_path, vae):
+        folders.write_indexed(tmp_path / "data")
+        options = {"data_dir": str(tmp_path / "data"), "batch_size": 8}
+        decoding, plain = Latents(vae=str(vae), **options), Latents(vae="none", **options)
+        x = decoding.bank().rows(torch.arange(6)).unflatten(0, (2, 3))
+        picture, note = pictures_of(decoding.bank(), decoding)
+        assert note == "; decoded by the VAE"
+        side = 4 * SHAPE[-1]
+        assert picture(x).shape == (2, 3, side, side, 3)
+        picture, note = pictures_of(plain.bank(), plain)
+        assert "first three of 4 channels" in note
+        assert picture(x).shape == (2, 3, *SHAPE[1:], 3)
+
+    def test_a_vae_that_is_gone(self, tmp_path):
+        folders.write_indexed(tmp_path)
+        data = Latents(str(tmp_path), vae=str(tmp_path / "gone"), batch_size=8)
+        data.bank()  # needs none
+        with pytest.raises(FileNotFoundError, match="no VAE for the pictures of .*gone.*set the data's vae"):
+            data.picture_shape(SHAPE)
+        with pytest.raises(ValueError, match="nothing decodes the latents"):
+            Latents(str(tmp_path), vae="none").to_pixels(torch.zeros(1, *SHAPE))
+
+    def test_a_vae_of_other_latents(self, tmp_path, write_vae):
+        folders.write_indexed(tmp_path / "data")
+        vae = write_vae(tmp_path / "vae", latent_channels=2)
+        with pytest.raises(ValueError, match="makes latents of 2 channels, .*data holds 4"):
+            Latents(str(tmp_path / "data"), vae=str(vae)).picture_shape(SHAPE)
 
 
 class TestErrors:
