@@ -136,7 +136,8 @@ class Latents(TrainingData):
             return loader
         if self.residency == "ram" and train.memory is None:
             shape = (self.num_train * (2 if self.flip else 1), *train.shape)
-            train.memory = in_memory(shape, train.dtype, train.stored, dist.group.WORLD if self._on_ranks else None)
+            read = train.seen if train.dtype == torch.float32 else train.stored
+            train.memory = in_memory(shape, train.dtype, read, dist.group.WORLD if self._on_ranks else None)
         elif self.residency == "device":
             train.bank = self.bank()
             if trainer is not None:

@@ -50,6 +50,7 @@ def fit(data: Latents, num_ranks: int, steps: int = NUM_STEPS, ckpt: Path | None
         max_steps=steps,
         num_sanity_val_steps=1,
         limit_val_batches=1,
+        default_root_dir=data.data_dir.parent / "run",
         callbacks=[losses, monitor],
         logger=False,
         enable_checkpointing=False,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fm_stages.data import Latents, load_vae, normalisation, pictures_of, read_rows
+from fm_stages.data import Latents, load_vae, normalisation, pictures_of, read_rows, shared_memory
 from fm_stages.oracle import DataBank, GaussianMixtureBank
 from tests.data import latent_folders as folders
 from tests.data.latent_folders import NUM, NUM_CLASSES, SHAPE, values
@@ -125,6 +125,29 @@ class TestLayouts:
         assert len(sent) < 20_000  # the files' names, and no latents
         index = torch.tensor([3, 50, 0])
         assert torch.equal(pickle.loads(sent).stored(index), train.stored(index))
+
+
+class TestResidency:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_batches_are_the_same_bit_for_bit(self, tmp_path, dtype):
+        folders.write_indexed(tmp_path, dtype=dtype)
+        disk, ram, device = (Latents(str(tmp_path), residency=r, batch_size=8) for r in ("disk", "ram", "device"))
+        for epoch in range(2):
+            for batches in zip(*(batches_of(data, epoch) for data in (disk, ram, device)), strict=True):
+                for other in batches[1:]:
+                    assert all(torch.equal(other[name], values) for name, values in batches[0].items())
+        assert ram._ready().train.memory.dtype == dtype
+        assert torch.equal(ram.bank().rows(torch.arange(9)), device.bank().rows(torch.arange(9)))
+
+    def test_what_does_not_go_together(self, tmp_path):
+        with pytest.raises(ValueError, match="num_workers=2: with residency 'device' .* set num_workers to 0"):
+            Latents(str(tmp_path), residency="device", num_workers=2)
+
+    def test_more_than_the_memory_raises_before_reading(self, tmp_path, monkeypatch):
+        folders.write_indexed(tmp_path)
+        monkeypatch.setattr(shared_memory, "available_memory_bytes", lambda: 1000)
+        with pytest.raises(MemoryError, match="choose residency 'disk'"):
+            Latents(str(tmp_path), residency="ram", batch_size=8).train_dataloader()
 
 
 class TestMoments:
