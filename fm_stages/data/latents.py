@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -147,8 +148,10 @@ class Latents(TrainingData):
     def decoder(self, device: torch.device | str = "cpu") -> VAE | None:
         """The VAE that the latents are of, loaded on the first call; None where none is named.
 
+        Where the one that the index names cannot be had, there is a warning, and none.
+
         Raises:
-            FileNotFoundError: if there is no such VAE.
+            FileNotFoundError: if there is no VAE where ``vae`` says.
             ValueError: if it cannot be read, or makes other latents.
         """
         self._ready()
@@ -163,7 +166,11 @@ class Latents(TrainingData):
                 found = load_vae(name, revision, device=device)
             except (FileNotFoundError, ValueError) as error:
                 message = f"no VAE for the pictures of {self.data_dir}: {error}; or set the data's vae (none: never)"
-                raise type(error)(message) from error
+                if self.vae is not None:
+                    raise type(error)(message) from error
+                self.vae = "none"  # asked for once: a run without pictures is better than none
+                rank_zero_warn(f"Pictures show the first channels of latents. There is {message}")
+                return None
             if found.channels != self.shape[0]:
                 raise ValueError(
                     f"{name} makes latents of {found.channels} channels, {self.data_dir} holds {self.shape[0]}: set "

@@ -287,6 +287,13 @@ class TestPictures:
         with pytest.raises(ValueError, match="nothing decodes the latents"):
             Latents(str(tmp_path), vae="none").to_pixels(torch.zeros(1, *SHAPE))
 
+    def test_a_vae_that_only_the_index_names(self, tmp_path):
+        folders.write_indexed(tmp_path)
+        data = Latents(str(tmp_path), batch_size=8)
+        with pytest.warns(UserWarning, match="first channels.*no VAE for the pictures .*some/vae.*set the data's vae"):
+            assert data.picture_shape(SHAPE) is None
+        assert "first three of 4 channels" in pictures_of(data.bank(), data)[1]
+
     def test_a_vae_of_other_latents(self, tmp_path, write_vae):
         folders.write_indexed(tmp_path / "data")
         vae = write_vae(tmp_path / "vae", latent_channels=2)
