@@ -49,6 +49,7 @@ HARMLESS = (
     "The '.*' does not have many workers",  # the images are in memory
     "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning on new versions of torch
     "The `srun` command is available",  # `find_launcher` knows
+    "FSDP2-wrapped module .* returned a view tensor",  # which nobody changes in place
 )
 """Warnings that say nothing to the person who reads the log of a run."""
 
