@@ -109,27 +109,34 @@ class WholePath:
 
     def fit(self) -> None:
         """On two ranks with a sharded bank, killed; then on one; then on two. Beside it, one that was never killed."""
-        folders = {"data_dir": self.latents / "train", "val_dir": self.latents / "val"}
-        words = ("fit", "--config", Path(__file__).with_name("fit.yaml"))
-        words += tuple(f"--data.init_args.{name}={folder}" for name, folder in folders.items())
-        words += ("--monitor.profile", self.folder / "profile" / "profile.json", "--trainer.default_root_dir")
-        steps = ("--trainer.max_steps", STEPS["all"])
         last = self.run / "checkpoints" / "last.ckpt"
-        killed = Command(*words, self.run, *steps, ranks=2, log=self.log).kill_once(
-            lambda: step_of(last) >= STEPS["killed"]
-        )
+        first = Command(*self.fitting(self.run, STEPS["all"], ranks=2), ranks=2, log=self.log)
+        killed = first.kill_once(lambda: step_of(last) >= STEPS["killed"])
         at = step_of(last)
         self.check("fit is killed in its midst", killed and at < STEPS["on one rank"], f"last.ckpt is of step {at}")
-        end = STEPS["on one rank"]
-        self.call(*words, self.run, "--ckpt_path", "last", "--trainer.max_steps", end, ranks=1)
-        self.check("it goes on on one rank", step_of(last) == end, f"step {at} to {step_of(last)}")
-        self.call(*words, self.run, *steps, "--ckpt_path", "last", ranks=2)
+        self.call(*self.fitting(self.run, STEPS["on one rank"], ranks=1), ranks=1)
+        self.check("it goes on on one rank", step_of(last) == STEPS["on one rank"], f"step {at} to {step_of(last)}")
+        self.call(*self.fitting(self.run, STEPS["all"], ranks=2), ranks=2)
         self.check("and on two again", step_of(last) == STEPS["all"], f"to step {step_of(last)}")
-        self.call(*words, self.whole, *steps, ranks=2)
+        self.call(*self.fitting(self.whole, STEPS["all"], ranks=2), ranks=2)
         for prefix in ("network.", "network_ema."):
             mine, theirs = (weights_of(run / "checkpoints" / "last.ckpt", prefix) for run in (self.run, self.whole))
             away = float((mine - theirs).norm() / theirs.norm())
             self.check(f"{prefix}* as of a run that was never killed", away < 1e-4, f"relative distance {away:.1e}")
+
+    def fitting(self, run: Path, steps: int, ranks: int) -> tuple[object, ...]:
+        """Words of the command that trains up to a step, from the last checkpoint on if there is one."""
+        given = {
+            "--config": Path(__file__).with_name("fit.yaml"),
+            "--data.init_args.data_dir": self.latents / "train",
+            "--data.init_args.val_dir": self.latents / "val",
+            "--monitor.profile": self.folder / "profile" / "profile.json",
+            "--trainer.default_root_dir": run,
+            "--trainer.max_steps": steps,
+            "--trainer.devices": ranks,
+            "--ckpt_path": "last",
+        }
+        return ("fit", *(word for pair in given.items() for word in pair))
 
     def sample(self) -> None:
         """On two ranks, killed; continued on one and on two."""
