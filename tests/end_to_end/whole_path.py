@@ -60,11 +60,11 @@ class WholePath:
             raise SystemExit(self.close())
 
     def make(self) -> None:
-        """Pictures to train on, held-out ones, and a VAE of random weights."""
+        """Pictures to train on, held-out ones, and a VAE of random weights with a narrow posterior."""
         write_pictures(self.images / "train", self.num, SIDE, seed=0)
         write_pictures(self.images / "val", max(self.num // 10, 2 * NUM_CLASSES), SIDE, seed=1)
         torch.manual_seed(0)
-        AutoencoderKL(
+        vae = AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 3,
             up_block_types=["UpDecoderBlock2D"] * 3,
             block_out_channels=[8, 16, 16],
@@ -72,7 +72,11 @@ class WholePath:
             latent_channels=4,
             norm_num_groups=4,
             sample_size=SIDE,
-        ).save_pretrained(self.vae)
+        )
+        with torch.no_grad():  # a narrow posterior, as of trained ones: else latents would be noise
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -8
+        vae.save_pretrained(self.vae)
         print(f"{self.num} pictures of {SIDE}x{SIDE}, a VAE of random weights", flush=True)
 
     def encode(self) -> None:
