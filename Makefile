@@ -9,7 +9,7 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all test-slurm test-two-hosts lint format bench docker test-docker clean distclean
+.PHONY: help install demo test test-all test-slurm test-two-hosts test-path lint format bench docker test-docker clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ test-slurm: $(STAMP)  ## Train on a real SLURM, which this installs and starts (
 
 test-two-hosts: $(STAMP)  ## Train on two network namespaces, as on two machines (root)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cluster/two_hosts.sh
+
+test-path: $(STAMP)  ## Encode, profile, train, kill, resume and sample, 20 000 images on two ranks
+	PYTHONPATH=. $(BIN)/python tests/end_to_end/whole_path.py
 
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .
