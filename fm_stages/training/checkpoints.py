@@ -10,9 +10,11 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fm_stages.data import PART, whole_file
 from fm_stages.training.loggers import is_trial
 
 CONFIG_KEY = "fm_stages_config"
@@ -25,8 +27,23 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 """The weight whose shape depends on the number of classes."""
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Writes beside the file that is replaced, and then puts the new one into its place.
+
+    Lightning writes into $TMPDIR and moves: to another file system that is a copy over the old file, and a run that is
+    killed meanwhile has lost both.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        with whole_file(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+
 class Checkpoints(ModelCheckpoint):
     """`ModelCheckpoint` with a fixed place, ``<run>/checkpoints``: the best by ``monitor``, and last.ckpt.
+
+    Whenever a run is killed, its files are whole: see `WholeFiles`, which the strategy uses unless it has its own way.
 
     Args:
         monitor: number that decides which is best; the smallest is.
@@ -57,7 +74,16 @@ class Checkpoints(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fix the folder: a new one for each start would lose sight of the last checkpoint."""
         self.dirpath = self.dirpath or checkpoint_folder(trainer.default_root_dir)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove what a run before this one was writing when it was killed."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and not is_trial(trainer):
+            for file in Path(str(self.dirpath)).glob(f"*.ckpt.*{PART}"):
+                file.unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best as `ModelCheckpoint` does, and last.ckpt also where this is not the best."""

@@ -1,6 +1,8 @@
 """Checkpoints: a run that was stopped goes on to the last bit, and a file holds weights but no training set."""
 
 import contextlib
+import errno
+import os
 from pathlib import Path
 
 import lightning as L
@@ -126,6 +128,20 @@ class TestFiles:
                     raise Killed
 
         assert rising(7, Kill()) == {"step_0000002.ckpt": 2, "last.ckpt": 4}
+
+    def test_the_last_one_is_whole_until_the_next_one_is(self, rising, tmp_path, monkeypatch):
+        folder = tmp_path / "run/checkpoints"
+        rising(3)
+        before = (folder / "last.ckpt").read_bytes()
+        os.link(folder / "last.ckpt", tmp_path / "the same file")
+        (folder / "last.ckpt.123.part").write_bytes(b"of a run that was killed")
+
+        def another_file_system(*_):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "rename", another_file_system)  # as where $TMPDIR is not where the run is
+        assert rising(5) == {"step_0000002.ckpt": 2, "last.ckpt": 5}
+        assert (tmp_path / "the same file").read_bytes() == before
 
     def test_a_folder_that_is_given_is_kept(self, make_module, make_data, make_trainer, tmp_path):
         callbacks = [Checkpoints(monitor=None, every_n_train_steps=1, dirpath=str(tmp_path / "elsewhere"))]
