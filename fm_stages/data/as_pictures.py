@@ -11,7 +11,7 @@ from torch import Tensor
 from fm_stages.data.loading import to_model_range
 from fm_stages.data.module import TrainingData
 from fm_stages.flow import keyed_generator
-from fm_stages.oracle import DataBank, GaussianMixtureBank
+from fm_stages.oracle import DataBank, GaussianMixtureBank, gather_objects
 
 SPREAD = 2.5
 """Standard deviations of a latent channel on either side of its mean that are drawn from black to white."""
@@ -32,11 +32,13 @@ def pictures_of(bank: DataBank | GaussianMixtureBank, data: object = None) -> tu
         bank: of the rows.
         data: the data module that they are of, which may know how to decode them.
     """
-    if (
+    can_decode = (
         isinstance(data, TrainingData)
         and len(bank.shape) == 3
         and data.picture_shape(data.shape) not in (None, bank.shape)
-    ):
+    )
+    # each rank looks for a VAE by itself, and a node may lack it: without one the bank is asked, which all ranks do
+    if isinstance(data, TrainingData) and all(gather_objects(can_decode, bank.group)):
 
         def decoded(x: Tensor) -> np.ndarray:
             pixels = data.to_pixels(x.flatten(0, -4)).unflatten(0, x.shape[:-3])

@@ -12,12 +12,21 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 
-from fm_stages.data import Digits
+from fm_stages.data import Digits, pictures_of
 from fm_stages.networks import DiT
+from fm_stages.oracle import DataBank
 from fm_stages.training import FlowMatching, OracleMonitor, SampleGrid, predict_data
 
 TIMEOUT_SEC = 200
+
+
+class DecodedOnRank0(Digits):
+    """As latents whose VAE only one node has."""
+
+    def picture_shape(self, shape):
+        return (3, 16, 16) if dist.get_rank() == 0 else None
 
 
 def train(folder: Path, pictures: bool) -> tuple[FlowMatching, OracleMonitor]:
@@ -53,10 +62,14 @@ if __name__ == "__main__":
     module, monitor = train(folder / "pictures", pictures=True)
     assert monitor.oracle.bank.group is not None
     found = predict_data({"raw": module.network.eval()}, monitor.oracle, monitor.profile, num_draws=3)
+    data = DecodedOnRank0()
+    data.setup()
+    latents = DataBank(torch.randn(20, 4, 8, 8), group=dist.group.WORLD)
     saved = {
         "plain": plain.state_dict(),
         "weights": module.state_dict(),
         "profile": monitor.profile.to_json(),
         "found": found,
+        "note": pictures_of(latents, data)[1],
     }
     torch.save(saved, folder / f"rank{os.environ['RANK']}.pt")

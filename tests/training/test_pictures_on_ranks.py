@@ -52,3 +52,8 @@ def test_a_shared_bank_predicts_what_a_whole_one_does(ranks):
         assert torch.equal(found.labels, expected.labels)
         torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.predicted["raw"], expected.predicted["raw"], rtol=0, atol=1e-5)
+
+
+def test_ranks_show_rows_alike_where_one_cannot_decode_them(ranks):
+    for rank in ranks:
+        assert "first three of 4 channels" in rank["note"]
