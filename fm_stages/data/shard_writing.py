@@ -107,6 +107,9 @@ def _changes(old: LatentIndex, new: LatentIndex, shard_rows_given: bool) -> list
     changed = []
     if old.sources["sha256"] != new.sources["sha256"]:
         changed.append(f"the list of images was another one ({old.num_rows} images, now {new.num_rows})")
+    classes = old.class_names, new.class_names  # of held-out images those of the training set, which number the labels
+    if classes[0] != classes[1] and max(map(len, classes)) > 1:  # one alone has the name of a folder that may move
+        changed.append(f"the classes were other ones ({len(classes[0])}, now {len(classes[1])})")
     if old.vae["sha256"] != new.vae["sha256"]:
         named = [f"{vae['name']} ({vae['kind']}, {vae['sha256'][:12]})" for vae in (old.vae, new.vae)]
         changed.append(f"the VAE was {named[0]} and is {named[1]}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,17 @@ class TestOneRank:
         assert val.class_names == train.class_names == ["class0", "class1", "class2"]
         again = command(*arguments, "--data", tmp_path / "data", "--out", "out", "--moments")
         assert again.out.count("nothing to do") == 2
+
+    def test_held_out_labels_follow_the_classes_of_the_training_set(self, command, arguments, tmp_path):
+        write_images(tmp_path / "data/train")
+        write_images(tmp_path / "data/val", 5, num_classes=2)
+        again = (*arguments, "--data", tmp_path / "data", "--out", "out")
+        assert command(*again).status == 0
+        write_images(tmp_path / "data/train/a", 1)
+        shutil.rmtree("out/train")
+        refused = command(*again)
+        assert refused.status == 2
+        assert "out/val holds other latents: the classes were other ones (3, now 4)" in refused.err
 
     def test_small_images_are_enlarged_and_counted(self, encode):
         done = encode("--image_size", 24, "--shard_rows", 100)
