@@ -17,6 +17,7 @@ Shapes: B queries, N rows, C rows of a piece, D values per row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -96,7 +97,7 @@ class GaussianMixtureBank:
 
         def read(index: Tensor) -> Tensor:
             values = moments.read(index)
-            _check_std(values[:, 1], index)
+            _check_std(values[:, 1], index, moments.name_of)
             return values
 
         bank = cls.__new__(cls)
@@ -300,12 +301,12 @@ def _check(mean: Tensor, std: Tensor) -> None:
     _check_std(std, torch.arange(len(std)))
 
 
-def _check_std(std: Tensor, index: Tensor) -> None:
-    """Raise ValueError if the std of a row is none; ``index`` are the rows' numbers."""
+def _check_std(std: Tensor, index: Tensor, name_of: Callable[[int], str] = "row {}".format) -> None:
+    """Raise ValueError if the std of a row is none; ``index`` are the rows' numbers, and `RowReader` names them."""
     valid = (std >= 0).flatten(1).all(1)  # NaN is not
     if not bool(valid.all()):
-        row = int(index[int((~valid).nonzero()[0])])
-        raise ValueError(f"row {row} has a negative std or NaN: stored log variances become std = exp(logvar / 2)")
+        row = name_of(int(index[int((~valid).nonzero()[0])]))
+        raise ValueError(f"{row} has a negative std or NaN: stored log variances become std = exp(logvar / 2)")
 
 
 def moments_affine(scale: float | Tensor, shift: float | Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

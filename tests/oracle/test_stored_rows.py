@@ -83,5 +83,5 @@ class TestMoments:
     def test_a_negative_std_is_named_by_its_row(self):
         moments = torch.stack([some_rows(), some_rows().abs()], 1)
         moments[35, 1, 0, 0, 0] = -1
-        with pytest.raises(ValueError, match="row 35 has a negative std"):
+        with pytest.raises(ValueError, match="row 35 of x1 has a negative std"):
             GaussianMixtureBank.of_moments(Reader(moments).reader())
