@@ -96,22 +96,22 @@ def _statistics(rows: StoredRows, place: Path) -> tuple[Tensor, Tensor]:
         try:
             with locked(file.parent, "statistics", LONGEST_SEC):
                 if not file.exists():  # nobody computed it while this process waited
-                    write_statistics(file, _computed(rows, place))
+                    write_statistics(file, _computed(rows, place))  # whichever rank was first
         except OSError as error:
             warn(
                 f"{file} cannot be written ({error.strerror}), so that each process computes these statistics each "
                 "time: let a process that may write there do it once",
                 stacklevel=2,
             )
-            found = _computed(rows, place)
+            found = _computed(rows, place, show=is_first_rank())
             return found["mean"][0].double(), found["std"][0].double()
     return read_statistics(file, shape)
 
 
-def _computed(rows: StoredRows, place: Path) -> dict[str, Tensor]:
-    """Mean and std (1, C, 1, 1) over all rows, in blocks of fixed size."""
+def _computed(rows: StoredRows, place: Path, show: bool = True) -> dict[str, Tensor]:
+    """Mean and std (1, C, 1, 1) over all rows, in blocks of fixed size, under a progress bar if it is to be shown."""
     blocks = torch.arange(rows.num_rows).split(PIECE)
-    with tqdm(total=rows.num_rows, desc="Channel statistics", unit="row", delay=1, disable=not is_first_rank()) as bar:
+    with tqdm(total=rows.num_rows, desc="Channel statistics", unit="row", delay=1, disable=not show) as bar:
 
         def values() -> object:
             for block in blocks:
