@@ -145,10 +145,11 @@ class Latents(TrainingData):
                 train.bank.to(trainer.strategy.root_device)
         return loader
 
-    def decoder(self, device: torch.device | str = "cpu") -> VAE | None:
+    def decoder(self, device: torch.device | None = None) -> VAE | None:
         """The VAE that the latents are of, loaded on the first call; None where none is named.
 
-        Where the one that the index names cannot be had, there is a warning, and none.
+        It is moved to ``device`` if one is given. Where the one that the index names cannot be had, there is a warning,
+        and none.
 
         Raises:
             FileNotFoundError: if there is no VAE where ``vae`` says.
@@ -163,7 +164,7 @@ class Latents(TrainingData):
                 assert self.index is not None
                 name, revision = self.index.vae["name"], self.index.vae["revision"]
             try:
-                found = load_vae(name, revision, device=device)
+                found = load_vae(name, revision)
             except (FileNotFoundError, ValueError) as error:
                 message = f"no VAE for the pictures of {self.data_dir}: {error}; or set the data's vae (none: never)"
                 if self.vae is not None:
@@ -177,7 +178,7 @@ class Latents(TrainingData):
                     "vae to the one that encoded them"
                 )
             self._decoder = found
-        return self._decoder
+        return self._decoder if device is None else self._decoder.to(device)
 
     def picture_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
         """See `TrainingData.picture_shape`."""

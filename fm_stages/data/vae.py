@@ -67,14 +67,20 @@ class VAE:
             raise ValueError(f"precision {precision!r}: there are {' and '.join(PRECISIONS)}")
         config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
         self.name, self.revision, self.kind, self.precision = name, revision, type(model).__name__, precision
-        self.device = torch.device(device)
         self.sha256 = _digest(self.kind, config, model)
         self.scaling_factor = float(config.get("scaling_factor") or 1.0)
         self.shift_factor = float(config.get("shift_factor") or 0.0)
+        self._model: Any = model.eval().requires_grad_(False)
+        self.to(device)
+        self.channels, self.factor, self.gaussian = self._probe()
+
+    def to(self, device: torch.device | str) -> VAE:
+        """Move it, in place; returns itself."""
+        self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"  # where convolutions on tensor cores want channels last
         self._layout = torch.channels_last if on_gpu else torch.contiguous_format
-        self._model: Any = model.eval().requires_grad_(False).to(self.device).to(memory_format=self._layout)
-        self.channels, self.factor, self.gaussian = self._probe()
+        self._model = self._model.to(self.device).to(memory_format=self._layout)
+        return self
 
     @property
     def record(self) -> dict[str, Any]:

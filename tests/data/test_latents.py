@@ -265,6 +265,16 @@ class TestPictures:
         wanted = (load_vae(str(vae)).decode(raw[:11]) + 1) * 127.5
         assert (pixels - wanted).abs().max() < 0.51
 
+    def test_the_vae_goes_to_where_the_latents_are(self, tmp_path, vae):
+        folders.write_indexed(tmp_path / "data")
+        data = Latents(str(tmp_path / "data"), vae=str(vae), batch_size=8)
+        data.picture_shape(SHAPE)  # has loaded it
+        assert data.decoder().device.type == "cpu"
+        decoder = data.decoder(torch.device("meta"))
+        data.picture_shape(SHAPE)
+        assert decoder.device.type == "meta"
+        assert {parameter.device.type for parameter in decoder._model.parameters()} == {"meta"}
+
     def test_rows_are_shown_decoded_or_by_their_channels(self, tmp_path, vae):
         folders.write_indexed(tmp_path / "data")
         options = {"data_dir": str(tmp_path / "data"), "batch_size": 8}
