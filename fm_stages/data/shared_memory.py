@@ -70,7 +70,11 @@ def _shared(
             if rank == here[0]:
                 _allocate(file, num_bytes)
         with together(group):
-            # where a container gives each rank a /dev/shm of its own, this does not find the file
+            if not file.exists():  # torch would make one, of zeros
+                raise FileNotFoundError(
+                    f"ranks of {socket.gethostname()} do not share {SHM}, because each is in a container of its own or "
+                    "another host has that name: start all ranks of a host in one container, or choose residency 'disk'"
+                )
             rows = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
     finally:  # before it is filled, so that nothing is left of a run that is killed meanwhile
         if rank == here[0]:

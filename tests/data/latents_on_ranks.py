@@ -118,6 +118,11 @@ def run(folder: Path) -> dict[str, Any]:
     found["no room"] = error_of(lambda: fit(data, 2))
     os.posix_fallocate = own
     found["left"] += [file.name for file in shared_memory.SHM.glob("fm-stages-*")]
+    own_shm, shared_memory.SHM = shared_memory.SHM, folder / f"shm{rank}"
+    shared_memory.SHM.mkdir()
+    found["apart"] = error_of(lambda: fit(data, 2))
+    found["left"] += os.listdir(shared_memory.SHM)
+    shared_memory.SHM = own_shm
     found["batch"] = error_of(lambda: fit(Latents(str(folder / "latents"), batch_size=7), 2))
     place = folder / ("latents" if rank == 0 else "nowhere")
     found["one rank"] = error_of(lambda: fit(Latents(str(place), batch_size=8), 2))

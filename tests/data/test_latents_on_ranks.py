@@ -75,5 +75,7 @@ class TestTwoRanks:
         assert found[0]["no room"].startswith("MemoryError: the rows take")
         assert "choose residency 'disk'" in found[1]["no room"]
         for rank in found:
+            assert "do not share" in rank["apart"]
+            assert "choose residency 'disk'" in rank["apart"]
             assert "batch_size=7" in rank["batch"]
             assert "nowhere" in rank["one rank"]
