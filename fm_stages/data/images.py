@@ -41,6 +41,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
 
 
+def mixed(rows: Tensor) -> Tensor:
+    """Held-out rows (N,) in a fixed order, any first part of which is like the whole: files come class by class."""
+    return rows[torch.randperm(len(rows), generator=keyed_generator("held-out order"))]
+
+
 class Digits(ImageData):
     """The 1797 handwritten digits that come with scikit-learn: 8x8, grey, ten classes; a fixed fifth is held out."""
 
@@ -207,9 +212,11 @@ class ImageFolder(ImageData):
         labels = torch.tensor([label for _, label in files + val_files])
         if val_dir is None:
             train, val = stratified_split(labels, self.val_fraction, self.split_seed)
+            val = mixed(val)
             return Splits(images[train], labels[train], images[val], labels[val], names)
         n = len(files)
-        return Splits(images[:n], labels[:n], images[n:], labels[n:], names)
+        val = mixed(torch.arange(n, len(images)))
+        return Splits(images[:n], labels[:n], images[val], labels[val], names)
 
     def _folders(self) -> tuple[Path, Path | None]:
         """The training folder, and the held-out one unless it is split off."""

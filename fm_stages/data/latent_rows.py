@@ -16,7 +16,7 @@ class LatentRows(LabelledRows):
 
     Args:
         source: all rows; their scale and shift are those of (C, H, W), also of moments.
-        own: which of the images these are (N,) int64, in rising order.
+        own: which of the images these are (N,) int64.
         num_classes: number of classes; 0 without labels.
         seed: of the draws from moments.
         in_bank: whether this is the training set; see `LabelledRows`.

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fm_stages.data.images import stratified_split
+from fm_stages.data.images import mixed, stratified_split
 from fm_stages.data.latent_files import open_latents
 from fm_stages.data.latent_index import LatentIndex
 from fm_stages.data.latent_rows import LatentRows
@@ -122,7 +122,7 @@ class Latents(TrainingData):
             held_out = held_out._replace(scale=rows.scale, shift=rows.shift)
         train = LatentRows(rows, own, len(names), self.seed)
         train.on_host = self.residency != "device"
-        return Opened(train, LatentRows(held_out, kept, len(names), self.seed, in_bank=False), names)
+        return Opened(train, LatentRows(held_out, mixed(kept), len(names), self.seed, in_bank=False), names)
 
     def train_dataloader(self) -> DataLoader:
         """See `TrainingData.train_dataloader`. Every rank calls this: rows are brought to where they reside.
@@ -177,6 +177,8 @@ class Latents(TrainingData):
                     f"{name} makes latents of {found.channels} channels, {self.data_dir} holds {self.shape[0]}: set "
                     "vae to the one that encoded them"
                 )
+            if self.vae is None and self.index is not None and self.index.vae.get("sha256") != found.sha256:
+                rank_zero_warn(f"{name} is not the VAE that encoded {self.data_dir}: pictures are not what they were")
             self._decoder = found
         return self._decoder if device is None else self._decoder.to(device)
 

@@ -234,12 +234,12 @@ class TrainingData(L.LightningDataModule):
         return self.trainer is not None and self.trainer.world_size > 1 and dist.is_initialized()
 
     def _memory_per_rank(self) -> int:
-        """Memory where this rank's bank will lie."""
+        """Memory where this rank's bank will lie, or less where it is made, which is always on the host."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        of_host = available_memory_bytes() // (self.trainer.num_devices if self.trainer else 1)
         if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory
-        ranks_here = self.trainer.num_devices if self.trainer else 1
-        return available_memory_bytes() // ranks_here
+            return min(torch.cuda.get_device_properties(device).total_memory, of_host)
+        return of_host
 
     def _ready(self) -> Opened:
         """The training and the held-out set, opened if they were not yet."""

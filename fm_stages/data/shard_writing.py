@@ -82,6 +82,8 @@ def open_folder(folder: Path, wanted: LatentIndex, sources: bytes, shard_rows_gi
     if not list_file.exists() or sha256_of(list_file) != index.sources["sha256"]:
         with whole_file(list_file) as part:
             part.write_bytes(sources)
+    if not (folder / STATISTICS).exists():
+        index.normalisation = {}  # which is no finished folder: they are made again
     _take_up(folder, index)
     write_index(folder, index)
     return index

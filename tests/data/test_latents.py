@@ -105,8 +105,20 @@ class TestLayouts:
         assert (data.num_train, data.num_val) == (NUM, 11)
         x1 = torch.cat([batch["x1"] for batch in data.val_dataloader()])
         all_rows = torch.cat([values(name) for name in folders.NAMES])
-        assert (x1 - expected_rows(values("latents", 11, 3), all_rows)).abs().max() < 3e-6
+        expected = expected_rows(values("latents", 11, 3), all_rows)
+        away = torch.cdist(x1.double().flatten(1), expected.flatten(1))
+        assert away.min(1).values.max() < 1e-5
+        assert sorted(away.argmin(1).tolist()) == list(range(11))
         assert all("index" not in batch for batch in data.val_dataloader())
+
+    def test_a_part_of_the_held_out_rows_is_like_all_of_them(self, tmp_path):
+        """Files come class by class, and validation may stop after some batches."""
+        folders.write_indexed(tmp_path / "train")
+        folders.write_indexed(tmp_path / "val", num=120, seed=3)
+        data = Latents(str(tmp_path / "train"), str(tmp_path / "val"), val_batch_size=40)
+        data.setup()
+        labels = [batch["labels"] for batch in data.val_dataloader()]
+        assert labels[0].unique().equal(torch.cat(labels).unique())
 
     def test_held_out_rows_are_not_in_the_bank(self, tmp_path):
         folders.write_indexed(tmp_path)
