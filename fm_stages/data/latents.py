@@ -111,14 +111,12 @@ class Latents(TrainingData):
         held_out = self._held_out(rows)
         rows = normalised(rows, self.data_dir, self.normalisation, self.multiplier, self.index)
         names = rows.class_names or _numbers(rows.labels)
-        every = torch.arange(rows.num_images)
-        own, kept = every, every
         if held_out is None:
-            strata = torch.zeros(len(every)) if rows.labels is None else rows.labels[: len(every)]
+            strata = torch.zeros(rows.num_images) if rows.labels is None else rows.labels[: rows.num_images]
             own, kept = stratified_split(strata.long(), self.val_fraction, self.split_seed)
             held_out = rows
         else:
-            kept = torch.arange(held_out.num_images)
+            own, kept = torch.arange(rows.num_images), torch.arange(held_out.num_images)
             held_out = held_out._replace(scale=rows.scale, shift=rows.shift)
         train = LatentRows(rows, own, len(names), self.seed)
         train.on_host = self.residency != "device"

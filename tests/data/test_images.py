@@ -223,6 +223,15 @@ class TestImageFolder:
         assert (data.num_train, data.num_val) == (8, 1)
         assert next(iter(data.val_dataloader()))["labels"].tolist() == [1]
 
+    @pytest.mark.parametrize("own_folder", [False, True])
+    def test_a_part_of_the_held_out_images_is_like_all_of_them(self, tmp_path, own_folder):
+        """Files come class by class, and validation may stop after some batches."""
+        folder_of(tmp_path / "train", 30)
+        if own_folder:
+            folder_of(tmp_path / "val", 15)
+        data = ImageFolder(str(tmp_path), image_size=4, val_fraction=0.5, batch_size=10)
+        assert next(iter(data.val_dataloader()))["labels"].unique().tolist() == [0, 1]
+
     def test_val_dir_comes_first(self, tmp_path):
         folder_of(tmp_path / "a" / "train", 4)
         folder_of(tmp_path / "a" / "val", 4)
