@@ -22,14 +22,13 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from fm_stages.data import PART, whole_file
-from fm_stages.flow import SAME_IMAGE, sample
+from fm_stages.flow import SAME_IMAGE
 from fm_stages.oracle import together
-from fm_stages.studies.experts import check_stages, load_networks
-from fm_stages.studies.models import labels_of
+from fm_stages.studies.drawing import Drawing
 from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.studies.sample_costs import COUNTED, Meter, costs_per_image, describe_costs
 from fm_stages.studies.sample_files import FORMATS, ImageFiles
-from fm_stages.studies.sample_options import Settings, one_or_all, parse
+from fm_stages.studies.sample_options import one_or_all, parse
 from fm_stages.training import save_grid
 
 RECORD = "sampling.json"
@@ -58,25 +57,20 @@ class _Drawing:
         self.options, self.job, self.out = options, job, Path(options.out)
         with together(job.group):
             self.device = job.device(options.device)
-            self.checkpoints = options.expert or [options.ckpt]
-            trained = load_networks(self.checkpoints, options.weights)
-            self.settings = Settings.of(options, trained)
-            notes = check_stages(self.checkpoints, trained, self.settings.split)
-            self.shape, self.num_classes = trained[0].shape, trained[0].num_classes
-            data = next((one.data for one in trained if one.data), None)
+            self.drawing = Drawing.of(options, self.device)
+            self.settings, self.shape, data = self.drawing.settings, self.drawing.shape, self.drawing.data
             pixels = None if data is None else data.picture_shape(self.shape)
             # what a network draws, where nothing says how it becomes pixels: latents without a VAE
             self.to_pixels = None if data is None or pixels is None else data.to_pixels
             if self.to_pixels is None and options.format != "safetensors":
                 lacks = "names no data" if data is None else "names data without a VAE"
                 raise ValueError(
-                    f"--format {options.format}: {self.checkpoints[0]} {lacks}, so nothing says how its values "
+                    f"--format {options.format}: {self.drawing.files[0]} {lacks}, so nothing says how its values "
                     "become pixels; --format safetensors writes them as they are, in float32"
                 )
             self.files: ImageFiles = FORMATS[options.format](self.out, options.num, pixels or self.shape)
             self.record = self._open() if job.rank == 0 else {}
-        self.networks = [one.network.to(self.device) for one in trained]
-        for note in notes if job.rank == 0 else ():
+        for note in self.drawing.notes if job.rank == 0 else ():
             print(f"fm-stages: note: {note}", file=sys.stderr)
 
     def run(self) -> None:
@@ -91,8 +85,9 @@ class _Drawing:
 
     def _open(self) -> dict[str, Any]:
         """Make the folder, or take it up again; what ``sampling.json`` says."""
-        file, new = self.out / RECORD, self.settings.plain
-        record: dict[str, Any] = {"checkpoint": one_or_all(self.checkpoints), "settings": new}
+        file = self.out / RECORD
+        new = {"num": self.options.num, "format": self.options.format, **self.settings.plain}
+        record: dict[str, Any] = {"checkpoint": one_or_all(list(self.drawing.files)), "settings": new}
         record |= {"finished": False, "flops": COUNTED, "calls": []}
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
         # a first call that was killed at once leaves nothing but its record, half written
@@ -123,30 +118,17 @@ class _Drawing:
 
     def _draw(self) -> dict[str, Any]:
         """Draw what is missing of this rank's part; what that took."""
-        plain, settings, meter = self.settings.plain, self.settings, Meter(self.networks)
-        starts = [0.0, settings.split or 0.0]  # of which one network takes the first
-        experts = list(zip(starts, self.networks, strict=False))
+        meter = Meter(self.drawing.networks)
         missing = self.files.missing(self.job.rank, self.job.num_ranks)
         name = "Sampling" if self.job.num_ranks == 1 else f"Sampling (rank 0 of {self.job.num_ranks})"
         start = time.perf_counter()
-        with (
-            torch.autocast(self.device.type, torch.bfloat16, enabled=plain["precision"] == "bf16"),
-            tqdm(total=len(missing), desc=name, unit="image", disable=self.job.rank > 0 or not len(missing)) as bar,
-        ):
+        with tqdm(total=len(missing), desc=name, unit="image", disable=self.job.rank > 0 or not len(missing)) as bar:
             try:
                 for index in missing.split(self.options.batch_size) if len(missing) else ():
-                    labels = labels_of(index, plain["labels"], self.num_classes, plain["seed"])
                     with meter.counting(len(index)):
-                        images = sample(
-                            experts, labels.to(self.device), self.shape, plain["seed"], index=index,
-                            solver=settings.solver, guidance=settings.guidance, grid=settings.grid,
-                        )  # fmt: skip
-                    if not bool(images.isfinite().all()):
-                        raise ValueError(
-                            f"{' and '.join(self.checkpoints)} with these settings draws values that are not finite, "
-                            "which are no image: its training may have diverged"
-                        )
-                    self.files.add(index, (self.to_pixels(images) if self.to_pixels else images).cpu(), labels)
+                        images = self.drawing.draw(index)
+                    pixels = (self.to_pixels(images) if self.to_pixels else images).cpu()
+                    self.files.add(index, pixels, self.drawing.labels(index))
                     bar.update(len(index))
             finally:
                 self.files.flush()
@@ -157,7 +139,7 @@ class _Drawing:
         """The grid, the last files, and what is to be said."""
         images, seconds = sum(part["images"] for part in parts), max(part["seconds"] for part in parts)
         if images:
-            costs = costs_per_image(self.networks, self.shape, parts)
+            costs = costs_per_image(self.drawing.networks, self.shape, parts)
             call = {
                 "images": images,
                 "seconds": round(seconds, 3),

@@ -1,4 +1,4 @@
-"""The options of ``fm-stages sample``, and what they come to for a network."""
+"""The options of ``fm-stages sample``, most of which are those of all drawing, and what they come to for a network."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def sample_parser(purpose: str) -> ArgumentParser:
     """The options of the command; ``purpose`` is what its help begins with."""
     parser = ArgumentParser(prog="fm-stages sample", description=purpose, exit_on_error=False, allow_abbrev=False)
     option = parser.add_argument
+    option("--num", type=int, required=True, help="images in all, over all ranks")
+    option("--out", type=str, required=True, help="folder of the images; a new one, or one to go on with")
+    option(
+        "--format",
+        choices=list(FORMATS),
+        default="png",
+        help="png: images/; npz: one file, as evaluators read it; safetensors: shards",
+    )
+    add_drawing_options(parser)
+    return parser
+
+
+def add_drawing_options(parser: ArgumentParser) -> None:
+    """The options of every command that draws images: from which networks, and how."""
+    option = parser.add_argument
     option("--ckpt", type=str | None, default=None, help="checkpoint of fm-stages fit")
     option(
         "--expert", type=str, action="append", default=None, metavar="CKPT",
@@ -47,14 +62,6 @@ def sample_parser(purpose: str) -> ArgumentParser:
         "--navigation_share", type=float | None, default=None,
         help="share of --num_steps before the split; uniform steps there, and after it",
     )  # fmt: skip
-    option("--num", type=int, required=True, help="images in all, over all ranks")
-    option("--out", type=str, required=True, help="folder of the images; a new one, or one to go on with")
-    option(
-        "--format",
-        choices=list(FORMATS),
-        default="png",
-        help="png: images/; npz: one file, as evaluators read it; safetensors: shards",
-    )
     option("--weights", choices=[*WEIGHTS, None], default=None, help="default: ema where they are kept")
     option("--labels", type=str, default=None, help="balanced (default), drawn, null, a class, or 0,3,5")
     option("--seed", type=int, default=0, help="of all noise and labels")
@@ -73,7 +80,6 @@ def sample_parser(purpose: str) -> ArgumentParser:
     option("--guidance_channels", choices=["all", "3"], default="all", help="3: as the published code of DiT and SiT")
     option("--precision", choices=["32", "bf16"], default="32", help="bf16: autocast; images then depend on the batch")
     option("--device", type=str | None, default=None, help="default: a GPU for each rank if there are any")
-    return parser
 
 
 def parse(arguments: list[str], purpose: str) -> Namespace:
@@ -86,9 +92,20 @@ def parse(arguments: list[str], purpose: str) -> Namespace:
         options = sample_parser(purpose).parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(f"{error} (fm-stages sample --help lists what can be given)") from error
-    for name in ("num", "batch_size"):
-        if options[name] < 1:
-            raise ValueError(f"--{name} {options[name]} must be 1 or more")
+    if options.num < 1:
+        raise ValueError(f"--num {options.num} must be 1 or more")
+    check_drawing_options(options)
+    return options
+
+
+def check_drawing_options(options: Namespace) -> None:
+    """Fill in the defaults that depend on the solver.
+
+    Raises:
+        ValueError: if options of `add_drawing_options` do not go together; the message names the option.
+    """
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size {options.batch_size} must be 1 or more")
     solver = options.solver
     if solver not in (*SOLVERS, SDE):
         raise ValueError(f"--solver {solver}: there is no such solver; there are {', '.join(SOLVERS)} and {SDE}")
@@ -112,7 +129,6 @@ def parse(arguments: list[str], purpose: str) -> Namespace:
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance_interval is for guidance: give a --guidance_scale other than 1, or leave it out")
     _check_stages(options)
-    return options
 
 
 def _check_stages(options: Namespace) -> None:
@@ -185,7 +201,7 @@ class Settings:
         channels = None if options.guidance_channels == "all" else int(options.guidance_channels)
         guidance = Guidance(scale, tuple(interval or (0.0, 1.0)), channels)
         grid = _grid(options, split, guidance)
-        same = ("num", "format", "seed", "solver", "num_steps", "shift", "tolerance", "diffusion", "precision")
+        same = ("seed", "solver", "num_steps", "shift", "tolerance", "diffusion", "precision")
         plain = {
             "weights": one_or_all([trained.weights for trained in networks]),
             "step": one_or_all([trained.step for trained in networks]),
