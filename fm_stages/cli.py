@@ -63,6 +63,18 @@ def _handover() -> None:
     handover_command()
 
 
+def _evaluate() -> None:
+    from fm_stages.studies import evaluate_command
+
+    evaluate_command()
+
+
+def _features() -> None:
+    from fm_stages.studies import features_command
+
+    features_command()
+
+
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
@@ -72,6 +84,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
     "sample": ("draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR", _sample),
+    "evaluate": ("FID and others of a checkpoint or of images: --ckpt FILE --features FILE_OR_CLASS", _evaluate),
+    "features": ("a classifier that measures images for evaluate: --config X.yaml", _features),
     "import": ("weights of SiT, DiT, REPA or LightningDiT as a checkpoint: --ckpt FILE --out FILE", _import),
     "export": ("a checkpoint as a folder of diffusers, or as one .safetensors: --ckpt FILE --out DIR", _export),
     "handover": ("the oracle until tau and the model after it, and the other way round: --ckpt FILE", _handover),

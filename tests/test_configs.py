@@ -19,7 +19,9 @@ from fm_stages.training import CONFIG_KEY, TrainingCLI, read_checkpoint
 from tests.data import latent_folders
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-CONFIGS = [file for file in FILES if not file.stem.startswith("strategy_")]  # which lie on top of another one
+CONFIGS = [file for file in FILES if not file.stem.startswith(("strategy_", "features_"))]
+"""Those of ``fit``: a strategy lies on top of another one, and features are a classifier's."""
+
 BASE = Path(cli.__file__).parent / "base.yaml"
 SMALL = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"),

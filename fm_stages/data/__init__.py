@@ -8,7 +8,15 @@ from fm_stages.data.image_files import ImageFiles, list_images, splits_of
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.latent_index import LatentIndex, locked
 from fm_stages.data.latents import Latents
-from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledImages, Planned, to_model_range, to_pixels
+from fm_stages.data.loading import (
+    EpochSampler,
+    HeldOutSampler,
+    LabelledImages,
+    LabelledRows,
+    Planned,
+    to_model_range,
+    to_pixels,
+)
 from fm_stages.data.module import TrainingData
 from fm_stages.data.pixels import ImageData
 from fm_stages.data.rows import Rows, read_rows, some_rows
@@ -31,6 +39,7 @@ __all__ = [
     "ImageFiles",
     "ImageFolder",
     "LabelledImages",
+    "LabelledRows",
     "LatentIndex",
     "Latents",
     "Pictures",

@@ -2,6 +2,7 @@
 
 from fm_stages.plots.comparison import gap_of_arms, paired_differences, progress_of_arms
 from fm_stages.plots.density import timestep_density
+from fm_stages.plots.evaluation import evaluation
 from fm_stages.plots.gradients import gradient_variance
 from fm_stages.plots.handover import handover
 from fm_stages.plots.losses import gap_by_t
@@ -12,6 +13,7 @@ from fm_stages.plots.style import save, shade_stages
 __all__ = [
     "boundary_trends",
     "compare_stages",
+    "evaluation",
     "gap_by_t",
     "gap_of_arms",
     "gradient_variance",

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages import flow
-from fm_stages.data import read_rows, some_rows
+from fm_stages.data import TrainingData, read_rows, some_rows
 from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank
 from fm_stages.studies.facts import check_distinct
@@ -100,15 +100,44 @@ def _open(
         section, own_path, label_dropout = _read_config(file)
         source = _of_module(name or file.stem, section, path or own_path, label_dropout)
     else:
-        section = yaml.safe_load(spec) if is_mapping else {"class_path": spec}
-        if not isinstance(section.get("class_path"), str):
-            raise ValueError("a mapping needs a class_path, with a space after each colon: {class_path: Digits}")
+        section = _section(spec)
         source = _of_module(name or section["class_path"].rpartition(".")[2], section, path or LinearPath())
     if rows is not None and not 1 <= rows <= source.num_rows:
         raise ValueError(f"--rows {rows} must lie between 1 and the number of rows, {source.num_rows}")
     if rows is not None or (source.bank.has_labels and not labels):
         source.bank = source.bank.subset(some_rows(source.num_rows, rows, seed), labels)
     return source
+
+
+def open_data(spec: str) -> TrainingData:
+    """The data module that a word of the command line names, not read yet.
+
+    Args:
+        spec: a config or checkpoint of ``fm-stages fit``; the class path of a data module, or a YAML mapping
+            ``{class_path: ..., init_args: {...}}`` of one.
+
+    Raises:
+        ValueError: if it names none.
+        FileNotFoundError: if there is no such file.
+    """
+    file = Path(spec).expanduser()
+    try:
+        is_config = file.suffix in (*CONFIGS, ".ckpt") and not spec.startswith("{")
+        data = _module_of(_read_config(file)[0] if is_config else _section(spec))
+        if not isinstance(data, TrainingData):
+            raise ValueError(f"{type(data).__name__} is no data module of fm-stages, a TrainingData")
+    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"--data {spec}: {error}") from error
+    return data
+
+
+def _section(spec: str) -> dict[str, Any]:
+    """Section ``data`` of a class path or a mapping."""
+    section = yaml.safe_load(spec) if spec.startswith("{") else {"class_path": spec}
+    if not isinstance(section.get("class_path"), str):
+        raise ValueError("a mapping needs a class_path, with a space after each colon: {class_path: Digits}")
+    return section
 
 
 def _name_of(file: Path) -> str:
@@ -140,18 +169,23 @@ def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
     return sections["data"], path, model.get("label_dropout")
 
 
-def _of_module(name: str, section: Any, path: flow.Path, label_dropout: float | None = None) -> Source:
-    """The bank of the data module that a section of a config describes."""
+def _module_of(section: Any) -> Any:
+    """The data module that a section of a config describes."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=L.LightningDataModule, required=True)
     try:
-        data: Any = parser.instantiate(parser.parse_object({"data": section})).data
+        return parser.instantiate(parser.parse_object({"data": section})).data
     except ArgumentError as error:
         reason = str(error).removeprefix('Parser key "data":').strip()
         raise ValueError(
             f"{reason}; what is no file is the class path of a data module, as Digits, FashionMNIST, CIFAR10 or "
             "ImageFolder, or {class_path: ..., init_args: {...}}"
         ) from error
+
+
+def _of_module(name: str, section: Any, path: flow.Path, label_dropout: float | None = None) -> Source:
+    """The bank of that data module."""
+    data = _module_of(section)
     if not hasattr(data, "bank"):
         raise ValueError(f"{type(data).__name__} has no bank(): a data module says there what its training set is")
     data.prepare_data()
