@@ -2,7 +2,8 @@
 
 from fm_stages.studies.compare import compare_command
 from fm_stages.studies.convert import import_command, import_network
-from fm_stages.studies.diagnose import diagnose, diagnose_command, load_run
+from fm_stages.studies.diagnose import diagnose_command
+from fm_stages.studies.diagnose_measure import diagnose
 from fm_stages.studies.encode import encode_command
 from fm_stages.studies.evaluate import evaluate_command
 from fm_stages.studies.export import export_command, export_file, export_folder
@@ -11,6 +12,7 @@ from fm_stages.studies.features_networks import DinoFeatures, InceptionFeatures
 from fm_stages.studies.features_train import features_command
 from fm_stages.studies.handover import handover_command
 from fm_stages.studies.profile import profile_command
+from fm_stages.studies.runs import load_run
 from fm_stages.studies.sample import sample_command
 from fm_stages.studies.sources import Source, open_source
 from fm_stages.studies.study import Study, study_stages

@@ -40,7 +40,7 @@ from fm_stages.studies.compare_runs import (
     write_arms,
     write_atomically,
 )
-from fm_stages.studies.diagnose import build_run
+from fm_stages.studies.runs import build_run
 from fm_stages.training import read_checkpoint
 
 

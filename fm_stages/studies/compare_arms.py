@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages.oracle import THRESHOLDS, StageProfile
-from fm_stages.studies.diagnose import build_run
+from fm_stages.studies.runs import build_run
 from fm_stages.training import SECTIONS, FlowMatching, OracleMonitor, SampleGrid, StageAware, TrainingCLI
 
 SHARED = {

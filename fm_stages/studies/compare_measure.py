@@ -17,7 +17,7 @@ from torchmetrics.image.kid import poly_mmd
 from fm_stages.data import TrainingData
 from fm_stages.flow import keyed_generator, sample
 from fm_stages.oracle import Curves, StageProfile, oracle_of
-from fm_stages.studies.diagnose import diagnose
+from fm_stages.studies.diagnose_measure import diagnose
 from fm_stages.training import FlowMatching, network_weights, read_checkpoint
 
 METRICS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fm_stages.data import TrainingData
 from fm_stages.flow import keyed_uniform
-from fm_stages.studies.diagnose import open_run
+from fm_stages.studies.runs import open_run
 from fm_stages.training import CONFIG_KEY, FlowMatching, network_weights
 
 WEIGHTS = ("ema", "raw")

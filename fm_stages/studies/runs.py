@@ -1,0 +1,55 @@
+"""A run's module and data, rebuilt from the configuration that its checkpoint carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fm_stages.data import TrainingData
+from fm_stages.training import CONFIG_KEY, FlowMatching, read_checkpoint
+
+
+def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, TrainingData]:
+    """Rebuild module and data of a checkpoint from the configuration that it carries.
+
+    Args:
+        path: checkpoint of ``fm-stages fit``.
+        data: class path of other data, with defaults for its arguments; None: the run's own.
+
+    Returns:
+        The checkpoint, the module (its weights not yet loaded) and the data.
+
+    Raises:
+        ValueError: if the file carries no configuration, or was imported and no data is given.
+    """
+    checkpoint, module, images = open_run(path, data)
+    if images is None:
+        raise ValueError(f"{path} was imported and does not say on which data it was trained: name it with --data")
+    images.setup()
+    return checkpoint, module, images
+
+
+def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, Any]:
+    """As `load_run`, without reading the data; None for that of an imported network, which names none."""
+    checkpoint = read_checkpoint(path)
+    if CONFIG_KEY not in checkpoint:
+        raise ValueError(f"{path} carries no configuration: only what `fm-stages` fit, import or export wrote does")
+    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    if not isinstance(config, dict) or not config.get("model"):
+        raise ValueError(f"{path} carries a configuration without a model: it is damaged")
+    module, images = build_run({**config, "data": {"class_path": data} if data else config.get("data")})
+    return checkpoint, module, images
+
+
+def build_run(config: dict[str, Any]) -> tuple[FlowMatching, Any]:
+    """Module, with fresh weights, and data (or None) of a whole configuration as plain data; nothing is read yet."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(FlowMatching, "model")
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
+    given = {name: config[name] for name in ("model", "data") if config[name] is not None}
+    run = parser.instantiate(parser.parse_object(given))
+    return run.model, run.get("data")
