@@ -18,7 +18,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fm_stages.data import TrainingData
 from fm_stages.oracle import together
-from fm_stages.studies.diagnose import open_run
 from fm_stages.studies.drawing import Drawing
 from fm_stages.studies.evaluate_features import FeatureSet, extract
 from fm_stages.studies.evaluate_files import open_images, read_record
@@ -28,6 +27,7 @@ from fm_stages.studies.evaluate_report import make_report, text_of, write_report
 from fm_stages.studies.evaluate_scores import measure_all
 from fm_stages.studies.features import Extractor
 from fm_stages.studies.ranks import Job, ranks_of_the_job
+from fm_stages.studies.runs import open_run
 from fm_stages.studies.sources import open_data
 
 SEED = 0
