@@ -14,6 +14,7 @@ from fm_stages.flow import sample
 from fm_stages.studies.experts import check_stages, load_networks
 from fm_stages.studies.models import labels_of
 from fm_stages.studies.sample_options import Settings
+from fm_stages.training import FlowMatching
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Drawing:
     Attributes:
         files: checkpoints of the networks, one or two.
         networks: of these, on the device.
+        module: of the first, which says path and label dropout.
         settings: checked against the networks.
         shape: (C, H, W) of what they draw.
         num_classes: labels that they know.
@@ -33,6 +35,7 @@ class Drawing:
 
     files: Sequence[str]
     networks: Sequence[nn.Module]
+    module: FlowMatching
     settings: Settings
     shape: tuple[int, int, int]
     num_classes: int
@@ -54,7 +57,10 @@ class Drawing:
         notes = check_stages(files, trained, settings.split)
         data = next((one.data for one in trained if one.data), None)
         networks = [one.network.to(device) for one in trained]
-        return cls(files, networks, settings, trained[0].shape, trained[0].num_classes, data, device, notes)
+        first = trained[0]
+        return cls(
+            files, networks, first.module, settings, first.shape, first.num_classes, data, device, notes
+        )  # fmt: skip
 
     def labels(self, index: Tensor) -> Tensor:
         """Labels (B,) of images (B,) by their numbers, -1 = without."""

@@ -56,15 +56,16 @@ class _Evaluation:
         self.options, self.job = options, job
         with together(job.group):
             self.device = job.device(options.device)
+            module = parser.instantiate(options).features  # first: what it lacks is soon said
             self.drawing = None if options.samples else Drawing.of(options, self.device)
             self.data = self._data()
             shape = picture_shape(self.data)
-            module = parser.instantiate(options).features
             self.extractor = Extractor.of(module, shape, self.device)
             self.samples = self._samples(shape)
             other = SPLITS[1 - SPLITS.index(options.reference)]
             self.reference = rows_of(self.data, options.reference, options.num_reference, self.device, SEED)
-            self.other = rows_of(self.data, other, self.samples.num, self.device, SEED)
+            there_are = self.data.num_train if other == "train" else self.data.num_val
+            self.other = rows_of(self.data, other, min(self.samples.num, there_are), self.device, SEED)
             self.out = out_folder(options, self.samples.record)
             if job.rank == 0:
                 _make(self.out)

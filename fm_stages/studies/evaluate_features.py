@@ -44,7 +44,9 @@ class FeatureSet:
         labels: (num,) int64, gathered; -1 where there is none.
         skipped: files that could not be read, gathered.
         pixels: the first images, gathered, at most `IN_FIGURE`.
-        values: (n, ...) of the first ``keep`` images what a network sees, gathered; None where nothing gives that.
+        values: (n, ...) what a network sees of those among the first ``keep`` images that this rank read, not gathered;
+            None where nothing gives that, on all ranks alike.
+        values_index: (n,) int64, their numbers.
     """
 
     images: Images
@@ -56,6 +58,7 @@ class FeatureSet:
     skipped: list[str]
     pixels: Tensor
     values: Tensor | None
+    values_index: Tensor
 
 
 @dataclass
@@ -119,7 +122,8 @@ def extract(images: Images, extractor: Extractor, batch_size: int, job: Job, kee
         _gather(_joined(parts.labels, (), torch.int64), job)[order],
         skipped,
         _first_ones(parts.pixels, numbers, IN_FIGURE, job),
-        None if no_values else _first_ones(parts.values, numbers, keep, job),
+        None if no_values else torch.cat(parts.values) if parts.values else torch.empty(0, *extractor.shape),
+        numbers[numbers < keep],
     )
 
 

@@ -99,15 +99,21 @@ def rows_of(data: TrainingData, split: str, num: int | None, device: torch.devic
     Args:
         data: that was set up.
         split: one of `SPLITS`.
-        num: how many; None, or more than there are: all.
+        num: how many; None: all.
         device: where latents are decoded.
         seed: of the draw.
+
+    Raises:
+        ValueError: if there are fewer.
     """
     loader = data.val_dataloader() if split == "held_out" else data.train_dataloader()
     rows: Any = loader.dataset
     assert isinstance(rows, LabelledRows)
     in_all = len(rows)
-    num = min(num or in_all, in_all)
+    if num is not None and num > in_all:
+        kind = "held-out" if split == "held_out" else "training"
+        raise ValueError(f"--num_reference {num}: {type(data).__name__} has {in_all} {kind} images")
+    num = num or in_all
     order = torch.arange(in_all)
     if split == "train" and num < in_all:
         order = torch.randperm(in_all, generator=keyed_generator("evaluate", seed))

@@ -79,12 +79,11 @@ def parse(arguments: list[str], purpose: str) -> tuple[ArgumentParser, Namespace
 def _features_by_file(arguments: list[str]) -> list[str]:
     """A file of ``fm-stages features`` is short for the class that reads it."""
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--features=") else [word])]
-    for place, word in enumerate(words[:-1]):
-        if word == "--features" and words[place + 1].endswith(".safetensors"):
-            return [
-                *words[: place + 1], "fm_stages.studies.ClassifierFeatures", "--features.file", *words[place + 1 :]
-            ]  # fmt: skip
-    return words
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_file = before == "--features" and word.endswith(".safetensors")
+        found += ["fm_stages.studies.ClassifierFeatures", "--features.file", word] if is_file else [word]
+    return found
 
 
 def _drawing_names() -> list[str]:

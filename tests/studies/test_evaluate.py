@@ -400,7 +400,9 @@ class TestMistakes:
         done = evaluate("--samples", "foreign", "--data", "Digits")
         assert "foreign/0.png is 3x8x8 (channels, height, width), the reference images are 1x8x8" in done.err
 
-    def test_more_than_there_are(self, evaluate, digits):
+    def test_more_than_there_are(self, evaluate, digits, ckpt):
+        done = evaluate("--ckpt", ckpt, *DRAW, "--num_reference", 360)
+        assert "--num_reference 360: Digits has 359 held-out images" in done.err
         write_pngs("foreign", digits["train"][:9])
         done = evaluate("--samples", "foreign", "--data", "Digits", "--num", 10)
         assert "--num 10: foreign holds 9 images" in done.err
