@@ -136,8 +136,8 @@ def text_of(report: dict[str, Any]) -> str:
         "# Evaluation",
         "\n".join(lines),
         f"samples: {report['samples']['num']} images against {_rows_text(reference)}. real images: the same of "
-        f"{_rows_text(other)}, as if they were samples: the yardstick, for no model that generalises does much better. MIFID is "
-        f"of the samples, and of {metrics['yardstick_mifid_images']}, against {metrics['mifid_against']}.",
+        f"{_rows_text(other)}, as if they were samples: the yardstick, for no model that generalises does much better. "
+        f"MIFID is of the samples, and of {metrics['yardstick_mifid_images']}, against {metrics['mifid_against']}.",
     ]
     reasons: dict[str, list[str]] = {}
     for names in report["missing"].values():
