@@ -83,8 +83,8 @@ def factors(bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor | 
     query[:, bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
     if column is not None:
         query.scatter_(1, bank.num_dims + column[:, None], 1.0)
-    across = (away * (bank.origin - bank.mean)).sum(1)
-    offset = (a / s**2)[:, 0] * across - away.square().sum(1) / (2 * s[:, 0] ** 2)
+    across = away @ (bank.origin - bank.mean)
+    offset = (a / s**2)[:, 0] * across - torch.linalg.vector_norm(away, dim=1).square() / (2 * s[:, 0] ** 2)
     return query, offset
 
 

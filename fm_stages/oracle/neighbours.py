@@ -26,7 +26,13 @@ from fm_stages.oracle.stream import rounding_error
 EXTRA_CANDIDATES = 13
 """Candidates beyond what is asked for: among more near-duplicates than these a query is compared with all rows."""
 
-MAX_QUERIES, MAX_ROWS, MAX_VALUES = 512, 8192, 2**21
+BLOCK = 64
+"""Rows whose largest logit is found first: where it is no better than the best so far, none of them is looked at."""
+
+FEW = 8
+"""Blocks of a piece in which a query's better rows are looked for one by one."""
+
+MAX_QUERIES, MAX_ROWS, MAX_VALUES = 2048, 1024, 2**21
 """Queries, and rows among which their best are looked for, at a time: no more of each than hold so many values."""
 
 INDEX_PIECE = 2**20
@@ -95,6 +101,12 @@ def largest_weights(
     return top1[:, None] * torch.exp(scores - scores[:, :1]), _first_index(bank, rows)
 
 
+def piece_sizes(bank: DataBank) -> tuple[int, int]:
+    """How many queries, and how many rows, are compared at a time."""
+    values = MAX_VALUES // bank.num_dims
+    return max(1, min(MAX_QUERIES, values)), max(1, min(MAX_ROWS, values))
+
+
 def _check(bank: DataBank, num: int) -> None:
     if bank.group is not None:
         raise ValueError(
@@ -114,7 +126,7 @@ def _best(
     """
     scores = torch.full((len(x), num), -torch.inf, dtype=torch.float64, device=x.device)
     rows = torch.full((len(x), num), -1, dtype=torch.int64, device=x.device)
-    size = max(1, min(MAX_QUERIES, MAX_VALUES // bank.num_dims))
+    size, _ = piece_sizes(bank)
     with tqdm(total=len(x), desc="Nearest rows", unit="query", disable=not progress) as bar:
         for label in labels.unique().tolist():
             for queries in (labels == label).nonzero()[:, 0].split(size):
@@ -130,29 +142,75 @@ def _best_of_label(
     """`_best` of queries that share a label."""
     column = count_columns(torch.full((len(x),), label, device=x.device))
     query, offset = factors(bank, x, a, s, column if counted else None)
+    error = rounding_error(query, bank)
+    margin = 2.25 * error  # a row that is further behind is so even if both logits, and this, are rounded
     with full_precision(x.device):
-        coarse, rows = _candidates(bank, query, label, int(column[0]), num + EXTRA_CANDIDATES)
-    scores = torch.stack([_score(bank, x, a, s, each, column if counted else None) for each in rows.unbind(1)], 1)
-    scores, order = scores.masked_fill(rows == -1, -torch.inf).sort(dim=1, descending=True, stable=True)
+        coarse, rows = _candidates(bank, query, label, int(column[0]), margin.float(), num)
+    hopeful = (coarse.double() >= (coarse[:, num - 1].double() - margin)[:, None]) & (rows != -1)
+    scores = torch.full_like(coarse, -torch.inf, dtype=torch.float64)
+    for each in range(rows.shape[1]):
+        own = hopeful[:, each].nonzero()[:, 0]
+        counts = column[own] if counted else None
+        scores[own, each] = _score(bank, x[own], a[own], s[own], rows[own, each], counts)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
     scores, rows = scores[:, :num], rows.gather(1, order)[:, :num]
-    left_out = coarse[:, -1].double() + offset + rounding_error(query, bank)  # none of them has a larger score
+    left_out = coarse[:, -1].double() + offset + error  # none of them has a larger score
     for i in (left_out > scores[:, -1]).nonzero()[:, 0].tolist():
-        own = (x[i : i + 1], a[i : i + 1], s[i : i + 1])
-        scores[i], rows[i] = _among_all(bank, *own, label, int(column[0]), num, counted)
+        query_alone = (x[i : i + 1], a[i : i + 1], s[i : i + 1])
+        scores[i], rows[i] = _among_all(bank, *query_alone, label, int(column[0]), num, counted)
     return scores, rows
 
 
-def _candidates(bank: DataBank, query: Tensor, label: int, column: int, num: int) -> tuple[Tensor, Tensor]:
-    """The largest logits (B, K) float32, decreasing, of factors (B, D + NUM_EXTRA), and where their rows are stored."""
-    product = products(bank, query)
-    best = query.new_full((len(query), num), -torch.inf)
+def _candidates(
+    bank: DataBank, query: Tensor, label: int, column: int, margin: Tensor, num: int
+) -> tuple[Tensor, Tensor]:
+    """The largest logits (B, K) float32, decreasing, of factors (B, D + NUM_EXTRA), and where their rows are stored.
+
+    Rows that are more than the margin (B,) behind the ``num``-th best may be missing.
+    """
+    product, num_kept = products(bank, query), num + EXTRA_CANDIDATES
+    best = query.new_full((len(query), num_kept), -torch.inf)
     rows = torch.full(best.shape, -1, dtype=torch.int64, device=query.device)
-    for part in _pieces(bank, label):
-        logits = query.new_empty(len(query), part.stop - part.start)
+    pieces = _pieces(bank, label)
+    size = -(-max(part.stop - part.start for part in pieces) // BLOCK) * BLOCK
+    padded = query.new_empty(len(query), size)
+    for part in pieces:
+        num_rows = part.stop - part.start
+        padded[:, num_rows:] = -torch.inf
+        logits = padded[:, :num_rows]
         product.logits(part, logits)
-        logits.masked_fill_(_stands_aside(bank, part, column), -torch.inf)
-        best, rows = _merge(best, rows, logits, part)
+        aside = _stands_aside(bank, part, column)
+        if bool(aside.any()):
+            logits.masked_fill_(aside, -torch.inf)
+        threshold = torch.maximum(best[:, -1], best[:, num - 1] - margin)
+        _take_in(best, rows, padded, part.start, threshold[:, None])
     return best, rows
+
+
+def _take_in(best: Tensor, rows: Tensor, logits: Tensor, first: int, threshold: Tensor) -> None:
+    """Put logits (B, S) above the threshold (B, 1) among the K ``best`` (B, K) so far, and their rows beside them.
+
+    Once a few pieces are done there are not many: most blocks hold none.
+    """
+    blocks = logits.unflatten(1, (-1, BLOCK))
+    near = blocks.amax(2) > threshold
+    many = near.sum(1) > FEW
+    full = many.nonzero()[:, 0]
+    if len(full):
+        new, place = (logits if len(full) == len(logits) else logits[full]).topk(min(best.shape[1], logits.shape[1]))
+        new_rows = torch.where(new == -torch.inf, -1, first + place)
+        best[full], rows[full] = _largest(best[full], rows[full], new, new_rows)
+    query, block = (near & ~many[:, None]).nonzero(as_tuple=True)
+    if not len(query):
+        return
+    own = blocks[query, block]  # (P, BLOCK)
+    which, column = (own > threshold[query]).nonzero(as_tuple=True)
+    active, position, counts = query[which].unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[position]
+    new = best.new_full((len(active), int(counts.max())), -torch.inf)
+    new_rows = torch.full(new.shape, -1, dtype=torch.int64, device=new.device)
+    new[position, place], new_rows[position, place] = own[which, column], first + block[which] * BLOCK + column
+    best[active], rows[active] = _largest(best[active], rows[active], new, new_rows)
 
 
 def _among_all(
@@ -164,14 +222,16 @@ def _among_all(
     for part in _pieces(bank, label):
         places = torch.arange(part.start, part.stop, device=x.device)
         scores = _score(bank, x, a, s, places, torch.full_like(places, column) if counted else None)
-        best, rows = _merge(best, rows, scores.masked_fill(_stands_aside(bank, part, column), -torch.inf)[None], part)
+        aside = _stands_aside(bank, part, column)
+        scores, places = scores.masked_fill(aside, -torch.inf)[None], places.masked_fill(aside, -1)[None]
+        best, rows = _largest(best, rows, scores, places)
     return best, rows
 
 
 def _pieces(bank: DataBank, label: int) -> list[slice]:
     """The stored rows of a label, a few at a time."""
     own = bank.slice_of(label)
-    size = max(1, min(MAX_ROWS, MAX_VALUES // bank.num_dims))
+    _, size = piece_sizes(bank)
     return [slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size)]
 
 
@@ -180,19 +240,16 @@ def _stands_aside(bank: DataBank, part: slice, column: int) -> Tensor:
     return bank.parts(part)[1][:, column] < 0
 
 
-def _merge(best: Tensor, rows: Tensor, scores: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """The K largest among the ``best`` (B, K) so far and the scores (B, C) of a piece, decreasing."""
-    num = best.shape[1]
-    top, place = scores.topk(min(num, scores.shape[1]), dim=1)
-    place = torch.where(top == -torch.inf, -1, place + part.start)
-    best, order = torch.cat([best, top], 1).topk(num, dim=1)
-    return best, torch.cat([rows, place], 1).gather(1, order)
+def _largest(best: Tensor, rows: Tensor, new: Tensor, new_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The K largest among the ``best`` (B, K) so far and new scores (B, C), decreasing, and their rows."""
+    best, order = torch.cat([best, new], 1).topk(best.shape[1], dim=1)
+    return best, torch.cat([rows, new_rows], 1).gather(1, order)
 
 
 def _score(bank: DataBank, x: Tensor, a: Tensor, s: Tensor, rows: Tensor, column: Tensor | None) -> Tensor:
     """Scores (B,) float64 of stored rows (B,) for queries (B, D), or for one (1, D) of all these rows."""
     rows = rows.clamp(min=0)  # -1 is masked afterwards
-    scores = -(x - a * bank.stored(rows)).square().sum(1) / (2 * s[:, 0] ** 2)
+    scores = -torch.linalg.vector_norm(x - a * bank.stored(rows), dim=1).square() / (2 * s[:, 0] ** 2)
     return scores if column is None else scores + bank.log_count(rows, column)
 
 

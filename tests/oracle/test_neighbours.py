@@ -167,6 +167,30 @@ class TestNearestRows:
         result = nearest_rows(DataBank(x, labels), x_t, 4, asked)
         assert_nearest(result, true_distances(x, x_t, labels, asked), 4)
 
+    @pytest.mark.parametrize(("block", "few"), [(1, 1), (7, 1), (7, 100), (64, 0), (64, 2)])
+    @pytest.mark.parametrize("order", ["mixed", "ever nearer", "ever further"])
+    def test_whichever_way_candidates_are_found(self, order, block, few, generator, monkeypatch):
+        """All rows of a piece, its best blocks, or none: how many of them beat the best so far depends on the order."""
+        x = torch.randn(700, 12, generator=generator) * (0.2 + torch.rand(700, 1, generator=generator))
+        queries = 0.3 * torch.randn(30, 12, generator=generator)
+        if order != "mixed":
+            x = x[x.norm(dim=1).argsort(descending=order == "ever nearer")]
+        monkeypatch.setattr(neighbours, "BLOCK", block)
+        monkeypatch.setattr(neighbours, "FEW", few)
+        monkeypatch.setattr(neighbours, "MAX_ROWS", 130)
+        result = nearest_rows(DataBank(x), queries, 4)
+        assert_nearest(result, true_distances(x, queries, None, torch.full((30,), -1)), 4)
+
+    def test_distances_that_a_float32_product_confuses(self, generator, compared):
+        """Near-duplicates, fewer than there are candidates, spread over pieces: none may be taken for far behind."""
+        x = 100 + torch.randn(3000, 50, generator=generator)
+        queries = x[:6] + 0.01 * torch.randn(6, 50, generator=generator)
+        for i in range(6):
+            x[500 * i + torch.arange(0, 440, 44)] = queries[i] + 1e-4 * torch.randn(10, 50, generator=generator)
+        truth = true_distances(x, queries, None, torch.full((6,), -1))
+        assert_nearest(nearest_rows(DataBank(x), queries, 3), truth, 3)
+        assert not compared
+
     def test_lower_precision_does_not_reach_it(self, digits, generator, matmul_precision):
         x, _ = digits
         queries = x[:30] + 0.3 * torch.randn(30, 1, 8, 8, generator=generator)
