@@ -25,14 +25,11 @@ from tqdm import tqdm
 from fm_stages import plots
 from fm_stages.data import TrainingData
 from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solver_named, time_grid, unguided
-from fm_stages.oracle import DataBank, Oracle, nearest_rows
+from fm_stages.oracle import DataBank, Oracle
+from fm_stages.studies.memorization_measure import MEMORIZED, nearest_sources
 from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
 
 ORDERS = ("oracle first", "model first")
-MEMORIZED = 1 / 3
-"""A sample is called memorized if its nearest training image is this many times nearer than the second nearest.
-Source: arXiv 2310.02664 (after Yoon et al., 2023)."""
-
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -164,7 +161,7 @@ def study_handover(
 
         drawn.append(hand_over(exact, unguided(network, labels), x0, taus, grid, solver or solver_named("euler")))
     images = torch.cat(drawn, dim=2)  # (2, T, N, C, H, W)
-    distance, row = _nearest(bank, images.flatten(0, 2))
+    distance, row = nearest_sources(bank, images.flatten(0, 2), data.flip)
     distance, row = distance.unflatten(0, images.shape[:3]), row.unflatten(0, images.shape[:3])  # (2, T, N, 2)
     same = (row[..., 0] == row[0, -1, :, 0]).double().mean(-1)  # (2, T): as where the oracle draws alone
     found = [
@@ -173,18 +170,12 @@ def study_handover(
         for j, tau in enumerate(taus)
     ]
     held_out = _held_out(data, num, seed).to(device)
-    found.append(_closeness("held-out images", None, _nearest(bank, held_out)[0]))
+    found.append(_closeness("held-out images", None, nearest_sources(bank, held_out, data.flip)[0]))
     shown = row[:, :, :num_shown, 0]
     nearest = bank.rows(shown.flatten()).float().unflatten(0, shown.shape)
     return Handover(
         taus, found, images[:, :, :num_shown].cpu(), nearest.cpu(), _ratio(distance)[:, :, :num_shown].cpu()
     )
-
-
-def _nearest(bank: DataBank, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (N, 2) to the two nearest training images, root mean square over the values, and their rows (N, 2)."""
-    distance, row = nearest_rows(bank, images, 2)
-    return distance / bank.num_dims**0.5, row
 
 
 def _ratio(distance: Tensor) -> Tensor:
