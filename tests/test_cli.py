@@ -33,11 +33,16 @@ TINY = [
 ]
 RUN = Path("runs/digits_dit")
 LAST = RUN / "checkpoints/last.ckpt"
+SPLITS, STAGES = ("oracle_val", "oracle_train"), ("navigation", "refinement")
+FIGURES = ("oracle/gap_by_t", "oracle/gap_over_steps", "memorization/regular_by_stage", "memorization/regular_by_t")
 NAMES = {
     *("train/loss", "train/learning_rate", "val/loss", "val/loss_ema"),
     *(f"oracle/{name}" for name in ("regular", "gap", "floor", "gap_navigation", "gap_refinement", "closed")),
     *(f"oracle/{name}" for name in ("top1", "ess", "gap_sem", "identity_z", "coverage", "share")),
     *(f"oracle_val/{name}{s}" for name in ("regular", "gap_navigation") for s in ("", "_ema")),
+    *(f"{split}/regular_{stage}{s}" for split in SPLITS for stage in STAGES for s in ("", "_ema")),
+    *(f"memorization/excess_{stage}{e}{s}" for stage in STAGES for e in ("", "_sem") for s in ("", "_ema")),
+    *("memorization/best_step", "memorization/best_step_ema", "oracle_train/regular", "oracle_train/regular_ema"),
     *(f"stages/{name}" for name in ("boundary", "navigation_end", "refinement_complete")),
     *(f"speed/{name}" for name in ("images_per_sec", "data_wait", "memory_bytes")),
 }
@@ -114,9 +119,11 @@ class TestFit:
         assert found == {
             "config.yaml",
             *(f"checkpoints/{name}.ckpt" for name in ("last", "step_0000004")),
-            *(f"oracle/gap_by_t{end}" for end in ("_0000002.csv", "_0000004.csv", ".png")),
+            *(f"oracle/gap_by_t{end}" for end in ("_0000002.csv", "_0000004.csv")),
             *(f"oracle_val/gap_by_t{s}_000000{step}.csv" for s in ("", "_ema") for step in (2, 4)),
-            *(f"samples/{name}_0000004.png" for name in ("raw", "ema", "predictions")),
+            *(f"{name}.{end}" for name in FIGURES for end in ("png", "csv")),
+            *(f"samples/{name}_0000004.{end}" for name in ("raw", "ema") for end in ("png", "json")),
+            *(f"samples/predictions_0000004.{end}" for end in ("png", "csv")),
             *(f"version_0/{name}" for name in ("metrics.csv", "hparams.yaml")),
         }
         assert [path.name for path in trained.folder.iterdir()] == ["runs"]
@@ -324,7 +331,7 @@ class TestWandb:
         for name in ("oracle/gap_by_t", "oracle_val/gap_by_t", "oracle_val/gap_by_t_ema"):
             assert summary[name]["_type"] == "table-file"
             assert summary[name]["nrows"] == 18
-        for name in ("oracle/gap_by_t_figure", "samples/raw", "samples/ema", "samples/predictions"):
+        for name in (*(f"{name}_figure" for name in FIGURES), "samples/raw", "samples/ema", "samples/predictions"):
             assert summary[name]["_type"] == "images/separated"
         table = json.loads((file.parent / "files" / summary["oracle/gap_by_t"]["path"]).read_text())
         rows = (RUN / "oracle/gap_by_t_0000004.csv").read_text().splitlines()

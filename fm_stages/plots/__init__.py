@@ -3,8 +3,10 @@
 from fm_stages.plots.comparison import gap_of_arms, paired_differences, progress_of_arms
 from fm_stages.plots.density import timestep_density
 from fm_stages.plots.evaluation import evaluation
+from fm_stages.plots.generalisation import regular_by_stage
 from fm_stages.plots.gradients import gradient_variance
 from fm_stages.plots.handover import handover
+from fm_stages.plots.heat_maps import gap_over_steps, regular_over_steps
 from fm_stages.plots.losses import gap_by_t
 from fm_stages.plots.memorization import closest_pairs, memorization_index
 from fm_stages.plots.pictures import oracle_paths, posterior_strips, prediction_strips
@@ -18,6 +20,7 @@ __all__ = [
     "evaluation",
     "gap_by_t",
     "gap_of_arms",
+    "gap_over_steps",
     "gradient_variance",
     "handover",
     "memorization_index",
@@ -26,6 +29,8 @@ __all__ = [
     "posterior_strips",
     "prediction_strips",
     "progress_of_arms",
+    "regular_by_stage",
+    "regular_over_steps",
     "save",
     "shade_stages",
     "stage_curves",

@@ -1,4 +1,4 @@
-"""What a person should hear of while a run is going: a warning, an alert of wandb, and the onset of memorization."""
+"""What a person should hear of while a run goes on: warnings and alerts of wandb; a broken identity; memorization."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ WAIT_SEC = 3600
 MAX_TITLE = 63
 """Characters of a title that wandb takes."""
 
+ALARM = 5.0
+"""|z| of the identity's residual that two windows running must exceed to raise the alarm."""
+
 RISE = 3.0
 """Standard errors by which the held-out loss has to rise."""
 
@@ -34,6 +37,26 @@ def alert(trainer: L.Trainer, title: str, text: str) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.alert(title=title[:MAX_TITLE], text=text, level="WARN", wait_duration=WAIT_SEC)
+
+
+class IdentityAlarm:
+    """Warns when regular = gap + floor fails beyond chance in two windows running."""
+
+    def __init__(self) -> None:
+        self.alarming = False
+        """Whether the last window was beyond chance."""
+
+    def test(self, trainer: L.Trainer, z: float) -> None:
+        """Add a window's z."""
+        alarming = abs(z) > ALARM
+        if alarming and self.alarming:
+            alert(
+                trainer,
+                "The identity regular = gap + floor is broken",
+                f"z = {z:.1f}, two windows running. The bank is not the distribution that the network trains on "
+                "(another augmentation, coupling of noise and data, or labels): do not trust gap and floor.",
+            )
+        self.alarming = alarming
 
 
 class MemorizationWatch:

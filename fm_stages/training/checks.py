@@ -8,10 +8,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from fm_stages.oracle import Oracle, together
+from fm_stages.flow import Path
+from fm_stages.oracle import DataBank, GaussianMixtureBank, Oracle, together
 
 REQUIRED = ("x0", "x1", "x_t", "t", "prediction")
 OPTIONAL = ("prediction_ema", "labels", "index")
+
+SUFFIXES = ("", "_ema")
+"""Of the names of numbers, and of predictions: raw and averaged weights."""
 
 
 def outputs_of(outputs: Any, module: L.LightningModule) -> dict[str, Tensor]:
@@ -29,6 +33,36 @@ def outputs_of(outputs: Any, module: L.LightningModule) -> dict[str, Tensor]:
         )
     kept = {name: outputs[name].detach() for name in (*REQUIRED, *OPTIONAL) if outputs.get(name) is not None}
     return {name: x if name in ("labels", "index") else x.float() for name, x in kept.items()}
+
+
+def find_path(module: L.LightningModule) -> Path:
+    """The path that a module trains on.
+
+    Raises:
+        ValueError: if it does not say, with the remedy.
+    """
+    path = getattr(module, "path", None)
+    if not isinstance(path, Path):
+        raise ValueError(
+            f"OracleMonitor needs to know the path: {type(module).__name__} has no attribute `path`; give "
+            "OracleMonitor(path=LinearPath()), or the path that x_t is made with"
+        )
+    return path
+
+
+def find_bank(trainer: L.Trainer) -> DataBank | GaussianMixtureBank:
+    """The training set, as the datamodule says it.
+
+    Raises:
+        ValueError: if it does not, with the remedy.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None or not hasattr(datamodule, "bank"):
+        raise ValueError(
+            "OracleMonitor needs the training set: give the Trainer a datamodule with bank(), or "
+            "OracleMonitor(bank=DataBank(x1, labels))"
+        )
+    return datamodule.bank()
 
 
 def check_num_rows(oracle: Oracle, trainer: L.Trainer) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from fm_stages.flow import keyed_normal, keyed_uniform
 from fm_stages.oracle import Oracle, mean_square
+from fm_stages.training.history import Table
 
 
 @dataclass
@@ -47,6 +48,12 @@ class GradientVariance:
         inside = [k for k, (a, b) in enumerate(pairwise(self.edges)) if lo <= a and b <= hi]
         regular, oracle = sum(self.regular[k] for k in inside), sum(self.oracle[k] for k in inside)
         return regular / oracle if oracle > 0 else math.nan
+
+    def table(self) -> Table:
+        """One row for each bin."""
+        columns = ["t_lo", "t_hi", "variance_regular", "variance_oracle", "mean_square"]
+        numbers = zip(self.edges, self.edges[1:], self.regular, self.oracle, self.mean_square, strict=False)
+        return columns, [list(row) for row in numbers]
 
 
 def measure_gradient_variance(

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.oracle import Curves, Oracle, TimestepCurves, Wiener, mean_square
-
-SUFFIXES = ("", "_ema")
-"""Of the names of numbers: raw and averaged weights."""
+from fm_stages.training.checks import SUFFIXES
 
 
 class HeldOut:
@@ -25,7 +23,7 @@ class HeldOut:
     """
 
     def __init__(self, edges: list[float], boundary: float, device: torch.device) -> None:
-        self.boundary = boundary
+        self.edges, self.boundary = edges, boundary
         self._sums = {s: TimestepCurves(("regular", "gap", "wiener"), edges).to(device) for s in SUFFIXES}
         self._seen: set[str] = set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import socket
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
 from fm_stages import plots
+from fm_stages.data import whole_file
 from fm_stages.oracle import Curves
+from fm_stages.training.history import Table
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -39,34 +42,48 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 @rank_zero_only
-def log_curves(trainer: L.Trainer, name: str, curves: Curves) -> None:
-    """Curves as a table: to wandb under ``name``, and as ``<run>/<name>_<step>.csv``."""
-    if is_trial(trainer):
-        return
-    path = run_folder(trainer) / f"{name}_{current_step(trainer):07d}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    curves.write_csv(path)
-    columns, rows = curves.table()
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_table(name, columns=columns, data=rows, step=current_step(trainer))
+def write_curves(trainer: L.Trainer, name: str, curves: Curves) -> None:
+    """Curves of this step as a table, ``<run>/<name>_<step>.csv``."""
+    write_table(trainer, f"{name}_{current_step(trainer):07d}", curves.table())
 
 
 @rank_zero_only
-def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
-    """A figure: to wandb under ``<name>_figure`` (one key holds one kind), and as ``<run>/<name>.png``, the newest."""
+def write_table(trainer: L.Trainer, name: str, table: Table) -> None:
+    """A table as ``<run>/<name>.csv``, whole whenever a run is killed."""
     if is_trial(trainer):
         return
-    path = plots.save(figure, run_folder(trainer) / f"{name}.png")
-    log_image(trainer, f"{name}_figure", path)
+    with whole_file(run_folder(trainer) / f"{name}.csv") as part, part.open("w", newline="") as file:
+        columns, rows = table
+        csv.writer(file).writerows([columns, *rows])
 
 
 @rank_zero_only
-def log_image(trainer: L.Trainer, name: str, path: Path) -> None:
-    """A picture file, to wandb."""
+def log_table(trainer: L.Trainer, name: str, table: Table, step: int) -> None:
+    """A table, to wandb. Each is a file of its own there: not for every window of a long run."""
+    columns, rows = table
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and not is_trial(trainer):
+            logger.log_table(name, columns=columns, data=rows, step=step)
+
+
+@rank_zero_only
+def log_figure(trainer: L.Trainer, name: str, figure: Figure, table: Table, step: int | None = None) -> None:
+    """A figure with the numbers that it shows: ``<run>/<name>.png`` and ``.csv``, the newest.
+
+    To wandb it goes under ``<name>_figure``, for one key holds one kind; at the run's step if none is given.
+    """
+    if is_trial(trainer):
+        return
+    write_table(trainer, name, table)
+    log_image(trainer, f"{name}_figure", plots.save(figure, run_folder(trainer) / f"{name}.png"), step)
+
+
+@rank_zero_only
+def log_image(trainer: L.Trainer, name: str, path: Path, step: int | None = None) -> None:
+    """A picture file, to wandb, at the run's step if none is given."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path)], step=current_step(trainer))
+            logger.log_image(name, [str(path)], step=current_step(trainer) if step is None else step)
 
 
 def choose_wandb_mode(host: str = "api.wandb.ai", timeout_sec: float = 2.0) -> str:

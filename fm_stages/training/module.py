@@ -170,19 +170,37 @@ class FlowMatching(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Regular loss at uniform t on held-out data, of raw and EMA weights; noise and t are fixed per image."""
+        outputs = self.predict_fixed(batch, batch_idx)
+        target = self.path.velocity(outputs["x0"], outputs["x1"], outputs["t"])
+        for suffix, _, metric in self._weights():
+            error = (outputs[f"prediction{suffix}"] - target).square().mean()
+            metric.update(error, weight=len(outputs["t"]))
+            self.log(f"val/loss{suffix}", metric, on_step=False, on_epoch=True, prog_bar=not suffix)
+        return outputs
+
+    @torch.no_grad()
+    def predict_fixed(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Predictions of raw and EMA weights on any images; nothing is logged, and nothing of the run changes.
+
+        Noise, uniform t and label dropout depend on seed and ``position`` alone: two sets of images at the same
+        positions are under the same noise, at the same t, whenever they are measured. Weights that are sharded over
+        ranks need every rank to call this.
+
+        Args:
+            batch: as `validation_step` takes it.
+            batch_idx: stands for the positions of a batch that does not say them.
+
+        Returns:
+            ``x0, x1, x_t, t, labels`` (-1 = null), ``prediction`` and, where there are averaged weights,
+            ``prediction_ema``; see `OracleMonitor`.
+        """
         x1, labels, position, _ = self._unpack(batch, batch_idx)
         t = self._fixed_times(position).to(x1.device)
         x0 = keyed_normal(("val noise", self.seed), position, tuple(x1.shape[1:])).to(x1)
         labels = self._drop_labels(labels, ("val labels", self.seed), position)
         x_t = self.path.interpolate(x0, x1, t)
-        target = self.path.velocity(x0, x1, t)
-        outputs = {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "labels": labels}
-        for suffix, network, metric in self._weights():
-            prediction = network(x_t, t, labels).float()
-            metric.update((prediction - target).square().mean(), weight=len(t))
-            self.log(f"val/loss{suffix}", metric, on_step=False, on_epoch=True, prog_bar=not suffix)
-            outputs[f"prediction{suffix}"] = prediction
-        return outputs
+        predictions = {f"prediction{suffix}": network(x_t, t, labels).float() for suffix, network, _ in self._weights()}
+        return {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "labels": labels, **predictions}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the average follow."""

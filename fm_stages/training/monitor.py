@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -11,10 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from fm_stages import plots
 from fm_stages.flow import Path
 from fm_stages.oracle import (
-    Curves,
     DataBank,
     Oracle,
     StageProfile,
@@ -25,36 +22,29 @@ from fm_stages.oracle import (
     oracle_of,
     timestep_bins,
 )
-from fm_stages.training.alerts import alert
-from fm_stages.training.checks import check_first_batch, check_num_rows, outputs_of
+from fm_stages.training.alerts import IdentityAlarm
+from fm_stages.training.checks import check_first_batch, check_num_rows, find_bank, find_path, outputs_of
+from fm_stages.training.figures import Figures
+from fm_stages.training.findings import Findings
 from fm_stages.training.flops import step_flops
-from fm_stages.training.held_out import HeldOut
-from fm_stages.training.loggers import log_curves, log_figure, log_metrics, run_folder
-from fm_stages.training.report import held_out_metrics, report, train_metrics
-from fm_stages.training.stages import (
-    check_label_dropout,
-    density_of,
-    describe_stages,
-    label_dropout_of,
-    measure_profile,
-    read_profile,
-    stage_metrics,
-)
+from fm_stages.training.generalisation import best_step_metrics, named, validation_metrics
+from fm_stages.training.loggers import current_step, log_metrics, write_curves
+from fm_stages.training.report import print_report, train_metrics
+from fm_stages.training.stages import density_of, find_stages, label_dropout_of, read_profile, stage_metrics
+from fm_stages.training.validation import Validation
 from fm_stages.training.window import Window
 
 QUANTITIES = ("regular", "gap", "floor", "residual", "identity", "top1", "ess", "zero", "wiener")
 
-ALARM = 5.0
-"""|z| of the identity's residual that two windows running must exceed to raise the alarm."""
 
-
-class OracleMonitor(L.Callback):
+class OracleMonitor(Findings, L.Callback):
     """Splits the regular loss into gap and floor by timestep while training goes on, and logs both by stage.
 
     Works with any LightningModule whose ``training_step`` returns a dict with ``loss, x0, x1, x_t, t, prediction`` and,
     where the network sees classes, ``labels`` after label dropout (-1 = null). ``index`` (row in the bank) is used
     where it is there. Held-out batches are measured if ``validation_step`` returns the same, with ``prediction_ema``
-    for averaged weights.
+    for averaged weights, and beside them a probe of training images if the module has `FlowMatching.predict_fixed`.
+    `EarlyStopping` and `ModelCheckpoint` can monitor whatever a validation finds, under the logged names.
 
     The bank comes from ``datamodule.bank()`` and the path from ``module.path``, unless they are given.
 
@@ -67,6 +57,8 @@ class OracleMonitor(L.Callback):
         label_dropout: share of training samples that the network sees without a label; None: the module's attribute of
             that name, or else the share in the first batch. It decides where the stages lie.
         profile: file that ``fm-stages profile`` wrote for this data and path; None: the stages are measured.
+        num_probe: training images that each validation measures beside the held-out ones, at most as many as those;
+            0 = none.
 
     Raises:
         ValueError: if a number lies outside its range.
@@ -81,10 +73,14 @@ class OracleMonitor(L.Callback):
         path: Path | None = None,
         label_dropout: float | None = None,
         profile: str | None = None,
+        num_probe: int = 1024,
     ) -> None:
-        if every_n_steps < 1 or window < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} and window={window} must be 1 or more")
+        if every_n_steps < 1 or window < 1 or num_probe < 0:
+            raise ValueError(
+                f"every_n_steps={every_n_steps} and window={window} must be 1 or more, num_probe={num_probe} 0 or more"
+            )
         timestep_bins(num_bins)  # refuses a bad number now
+        super().__init__()
         self.every_n_steps = every_n_steps
         self.window = window
         self.num_bins = num_bins
@@ -92,19 +88,15 @@ class OracleMonitor(L.Callback):
         self.path = path
         self.label_dropout = label_dropout
         self.profile_file = profile
+        self.num_probe = num_probe
         self.wiener: Wiener | None = None
         self.profile: StageProfile | None = None
-        self.train: Curves | None = None
-        """Curves of the last window on training inputs (raw weights)."""
-        self.logged_step = 0
-        """Step at which that window ended."""
-        self.held_out: dict[str, Curves] = {}
-        """Curves of the last validation, by suffix: "" raw, "_ema" averaged weights."""
         self._oracle: Oracle | None = None
         self._window: Window | None = None
         self._restored: dict[str, Any] | None = None
-        self._held_out_sums: HeldOut | None = None
-        self._checked = self._alarming = self._measuring = False
+        self._validation: Validation | None = None
+        self._alarm, self._figures = IdentityAlarm(), Figures()
+        self._checked = self._measuring = False
         self._last_step = 0
         self._share: float | None = None  # of unlabelled samples that the profile is for, once it is known
 
@@ -118,21 +110,8 @@ class OracleMonitor(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find bank and path, before any training time is spent."""
-        path = self.path or getattr(pl_module, "path", None)
-        if not isinstance(path, Path):
-            raise ValueError(
-                f"OracleMonitor needs to know the path: {type(pl_module).__name__} has no attribute `path`; give "
-                "OracleMonitor(path=LinearPath()), or the path that x_t is made with"
-            )
-        datamodule = getattr(trainer, "datamodule", None)
-        bank = self.bank
-        if bank is None:
-            if datamodule is None or not hasattr(datamodule, "bank"):
-                raise ValueError(
-                    "OracleMonitor needs the training set: give the Trainer a datamodule with bank(), or "
-                    "OracleMonitor(bank=DataBank(x1, labels))"
-                )
-            bank = datamodule.bank()
+        path = self.path or find_path(pl_module)
+        bank = self.bank or find_bank(trainer)
         if self._oracle is None or self._oracle.bank is not bank or self._oracle.path is not path:
             self.profile = self.wiener = self._share = None  # of other data
         self._oracle = oracle_of(bank, path)
@@ -141,27 +120,13 @@ class OracleMonitor(L.Callback):
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, seen: dict[str, Tensor], share: float) -> None:
         """Say what the bank costs, and measure the stages of the data and the linear reference, once."""
-        bank = self.oracle.bank.to(pl_module.device)
         flops = step_flops(pl_module, seen["x_t"], seen["t"], seen.get("labels"))
-        cost = describe(bank, len(seen["t"]), share, trainer.world_size, flops)
-        rank_zero_info(f"Oracle: {cost}")
-        if self.profile is not None and self.profile_file is not None:
-            check_label_dropout(self.profile, share, self.profile_file)
-            source = f"read from {self.profile_file}"
-        else:
-            rank_zero_info("Oracle: measuring the stages ...")
-            start = time.perf_counter()
-            self.profile = measure_profile(trainer, self.oracle, share)
-            source = f"measured in {time.perf_counter() - start:.0f} s"
+        bank = self.oracle.bank.to(pl_module.device)
+        rank_zero_info(f"Oracle: {describe(bank, len(seen['t']), share, trainer.world_size, flops)}")
+        known = self.profile if self.profile_file is not None else None
+        self.profile = find_stages(trainer, pl_module, self.oracle, share, known, self.profile_file)
         self._share = share
         self.wiener = linear_reference(bank, self.oracle.path)
-        density = density_of(pl_module)
-        rank_zero_info(f"Oracle: stages {source}: {describe_stages(self.profile, density)}")
-        if not 0 < self.profile.boundary < 1:
-            text = (
-                "the posterior has always collapsed" if self.profile.boundary == 0 else "the posterior never collapses"
-            )
-            alert(trainer, "No boundary between the stages was found", f"{text}: is the data what it should be?")
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -169,10 +134,12 @@ class OracleMonitor(L.Callback):
         """Check the bank's size; begin anew, or go on with what the checkpoint holds."""
         check_num_rows(self.oracle, trainer)
         self._last_step = trainer.global_step
-        state = self._restored or {"train": None, "held_out": {}, "alarming": False, "logged_step": 0}
-        self._checked, self._alarming, self.logged_step = False, state["alarming"], state["logged_step"]
-        self.train = None if state["train"] is None else Curves(**state["train"])
-        self.held_out = {suffix: Curves(**curves) for suffix, curves in state["held_out"].items()}
+        self._checked, self._alarm.alarming = False, False
+        self.forget()
+        if self._restored is not None:
+            self._alarm.alarming = self._restored["alarming"]
+            self.restore(self._restored)
+        self._figures = Figures()
         self._window = None
 
     def on_train_batch_end(
@@ -215,10 +182,8 @@ class OracleMonitor(L.Callback):
         """What is measured so far. Every rank calls this, as Lightning does when it writes a checkpoint."""
         return {
             "window": None if self._window is None else self._window.state_dict(),
-            "train": None if self.train is None else asdict(self.train),
-            "held_out": {suffix: asdict(curves) for suffix, curves in self.held_out.items()},
-            "alarming": self._alarming,
-            "logged_step": self.logged_step,
+            "alarming": self._alarm.alarming,
+            **self.findings(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -257,32 +222,21 @@ class OracleMonitor(L.Callback):
         if shift is not None:
             metrics["stages/shift"] = shift
         log_metrics(trainer, metrics)
-        self._test_identity(trainer, metrics["oracle/identity_z"])
-        log_curves(trainer, "oracle/gap_by_t", self.train)
-        self._draw(trainer)
+        self._alarm.test(trainer, metrics["oracle/identity_z"])
+        write_curves(trainer, "oracle/gap_by_t", self.train)
+        self.logged_step = trainer.global_step
+        self.windows.add(self.logged_step, {"train": self.train})
+        self._figures.draw(trainer, self)
         self._window = self._new_window(pl_module)
         # what was just spent on logging counts for the window that it delays
         self._window.start, self._window.oracle_sec = start, _clock(pl_module.device) - start
-        self.logged_step = trainer.global_step
         return metrics["oracle/gap"]
-
-    def _test_identity(self, trainer: L.Trainer, z: float) -> None:
-        """Warn when regular = gap + floor fails beyond chance in two windows running."""
-        alarming = abs(z) > ALARM
-        if alarming and self._alarming:
-            alert(
-                trainer,
-                "The identity regular = gap + floor is broken",
-                f"z = {z:.1f}, two windows running. The bank is not the distribution that the network trains on "
-                "(another augmentation, coupling of noise and data, or labels): do not trust gap and floor.",
-            )
-        self._alarming = alarming
 
     # held-out --------------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin new held-out curves."""
-        self._held_out_sums = None
+        self._validation = None
         self._measuring = not trainer.sanity_checking
 
     def on_validation_batch_end(
@@ -302,55 +256,42 @@ class OracleMonitor(L.Callback):
             share = label_dropout_of(trainer, pl_module, self.oracle, self.label_dropout, seen.get("labels"))
             self._prepare(trainer, pl_module, seen, share)
         assert self.profile is not None
-        if self._held_out_sums is None:
+        if self._validation is None:
             edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
-            self._held_out_sums = HeldOut(edges, self.profile.boundary, pl_module.device)
-        self._held_out_sums.update(self.oracle, self.wiener, seen)
+            self._validation = Validation(self.oracle, self.wiener, edges, self.profile.boundary, pl_module.device)
+        self._validation.add(seen)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the probe; log what was found, each number with the suffix of its weights."""
+        if self._validation is None or self.profile is None:
+            return
+        self.held_out, self.probe = self._validation.finish(trainer, pl_module, self.num_probe)
+        self._validation, self.validated_step = None, current_step(trainer)
+        metrics = validation_metrics(self.held_out, self.probe, self.profile.boundary)
+        if trainer.state.fn == "fit":
+            self.validations.add(self.validated_step, named(self.held_out, self.probe))
+            metrics |= best_step_metrics(self.validations, self.profile.boundary)
+        log_metrics(trainer, metrics)
+        for name, value in metrics.items():  # for callbacks that watch a number; all ranks have the same ones
+            pl_module.log(name, value, logger=False, sync_dist=True)
+        for suffix, curves in self.held_out.items():
+            write_curves(trainer, f"oracle_val/gap_by_t{suffix}", curves)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log held-out numbers, each with the suffix of its weights."""
-        if self._held_out_sums is None or self.profile is None:
+        """Draw; after ``validate`` say what was found."""
+        if not self._measuring:
             return
-        self.held_out = self._held_out_sums.compute()
-        self._held_out_sums = None
-        metrics: dict[str, float] = {}
-        for suffix, curves in self.held_out.items():
-            metrics |= held_out_metrics(curves, self.profile.boundary, suffix)
-            log_curves(trainer, f"oracle_val/gap_by_t{suffix}", curves)
-        log_metrics(trainer, metrics)
         if trainer.state.fn == "validate":
             self._print_report(trainer)
+        else:
+            self._figures.draw(trainer, self)
 
     # what a person sees ----------------------------------------------------------------------------------------------
 
     @rank_zero_only
-    def _draw(self, trainer: L.Trainer) -> None:
-        assert self.train is not None
-        assert self.profile is not None
-        held_out = self.held_out.get("")
-        title = f"step {trainer.global_step}, raw weights"
-        figure = plots.gap_by_t(
-            self.train.edges,
-            self.train.mean,
-            self.train.sem,
-            self.profile.boundary,
-            held_out.mean if held_out else None,
-            title,
-        )
-        log_figure(trainer, "oracle/gap_by_t", figure)
-
-    @rank_zero_only
     def _print_report(self, trainer: L.Trainer) -> None:
-        if self.profile is None or (self.train is None and not self.held_out):
-            print(f"OracleMonitor measured nothing: the run ended before step {self.every_n_steps}.")
-            return
-        if self.train is not None:
-            self._draw(trainer)  # with the newest held-out curve
-        print("\n" + report(self.train, self.held_out, self.profile.boundary))
-        if self.train is not None:
-            print(f"\nTraining rows: mean of the last window of measurements, which ended at step {self.logged_step}.")
-        checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
-        print(f"\nFigures and tables: {run_folder(trainer)}" + (f"\nCheckpoints: {checkpoint}" if checkpoint else ""))
+        self._figures.draw(trainer, self, now=True)
+        print_report(trainer, self)
 
 
 def _clock(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from fm_stages import plots
 from fm_stages.data import Pictures
 from fm_stages.flow import keyed_generator, keyed_normal, unguided
 from fm_stages.oracle import Oracle, StageProfile
+from fm_stages.training.history import Table
 
 EARLY, LATE = (0, 0.4, 0.6, 0.8), (0, 0.1, 0.25, 0.5, 0.75, 1)
 """Times shown, as shares of the way to the boundary, and of the way from it to 1: close together where the stages
@@ -54,6 +55,17 @@ class Predictions:
         Its square, times A_t^2, is the gap of that draw.
         """
         return (self.predicted[name] - self.mean).flatten(2).square().mean(2).sqrt()
+
+    def table(self) -> Table:
+        """One row for each draw and time: its label, and each network's `distance`."""
+        names = list(self.predicted)
+        distances = [self.distance(name).tolist() for name in names]
+        rows = [
+            [k, label, t, *(of_network[k][i] for of_network in distances)]
+            for k, label in enumerate(self.labels.tolist())
+            for i, t in enumerate(self.t)
+        ]
+        return ["draw", "label", "t", *(f"distance_{name}" for name in names)], rows
 
 
 @torch.no_grad()

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+import lightning as L
 
 from fm_stages.oracle import Curves
+from fm_stages.training.loggers import run_folder
+
+if TYPE_CHECKING:
+    from fm_stages.training.monitor import OracleMonitor
 
 MEANING = {
     "regular": "the loss that everybody logs: gap + floor",
@@ -32,17 +39,13 @@ def train_metrics(curves: Curves, b: float) -> dict[str, float]:
     }
 
 
-def held_out_metrics(curves: Curves, b: float, suffix: str) -> dict[str, float]:
-    """Scalars of a validation, by logged name with the suffix of the weights; b is the boundary."""
-    return {
-        f"oracle_val/regular{suffix}": curves.average("regular"),
-        f"oracle_val/regular_refinement{suffix}": curves.average("regular", b, 1),
-        f"oracle_val/gap_navigation{suffix}": curves.average("gap", 0, b),
-        f"oracle_val/closed{suffix}": closed(curves, b),
-    }
-
-
-def report(train: Curves | None, held_out: dict[str, Curves], boundary: float, weights: str = "raw") -> str:
+def report(
+    train: Curves | None,
+    held_out: dict[str, Curves],
+    boundary: float,
+    weights: str = "raw",
+    probe: dict[str, Curves] | None = None,
+) -> str:
     """A short table: regular, gap, floor and closed by stage, on training and held-out inputs, and a sentence on each.
 
     Args:
@@ -50,6 +53,8 @@ def report(train: Curves | None, held_out: dict[str, Curves], boundary: float, w
         held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only) by the suffix of the weights.
         boundary: between the stages.
         weights: which weights the numbers without a suffix are of.
+        probe: of training images (regular), measured as the held-out ones were, by suffix; what is said of refinement
+            is then said by these.
 
     Returns:
         Text of several lines.
@@ -73,7 +78,22 @@ def report(train: Curves | None, held_out: dict[str, Curves], boundary: float, w
             kind = f"held-out{suffix.replace('_ema', ' EMA')}, {name}"
             lines.append(_row(kind, [curves.average("regular", lo, hi), gap, math.nan, part]))
     lines += ["", *(f"  {key:8} {text}" for key, text in MEANING.items())]
-    return "\n".join([*lines, "", *_sentences(train, held_out.get(""), b)])
+    pairs = {suffix: (curves, held_out[suffix]) for suffix, curves in (probe or {}).items() if suffix in held_out}
+    if not pairs and train is not None and "" in held_out:
+        pairs[""] = train, held_out[""]
+    return "\n".join([*lines, "", *_navigation(train, b), *_refinement(pairs, b)])
+
+
+def print_report(trainer: L.Trainer, monitor: OracleMonitor) -> None:
+    """The report of a run, of what windows it is, and where the rest lies."""
+    if monitor.profile is None or (monitor.train is None and not monitor.held_out):
+        print(f"OracleMonitor measured nothing: the run ended before step {monitor.every_n_steps}.")
+        return
+    print("\n" + report(monitor.train, monitor.held_out, monitor.profile.boundary, probe=monitor.probe))
+    if monitor.train is not None:
+        print(f"\nTraining rows: mean of the last window of measurements, which ended at step {monitor.logged_step}.")
+    checkpoint = getattr(trainer.checkpoint_callback, "dirpath", None)
+    print(f"\nFigures and tables: {run_folder(trainer)}" + (f"\nCheckpoints: {checkpoint}" if checkpoint else ""))
 
 
 def _row(name: str, values: list[float]) -> str:
@@ -82,26 +102,31 @@ def _row(name: str, values: list[float]) -> str:
     return f"{name:26}" + "".join(f"{cell:>10}" for cell in cells)
 
 
-def _sentences(train: Curves | None, held_out: Curves | None, b: float) -> list[str]:
-    """One sentence for each stage, before and after the boundary b."""
-    sentences = []
-    if train is not None and not math.isnan(share_closed := closed(train, b)):
-        share = f"{100 * share_closed:.0f} % of the way from the best linear model to the oracle"
-        if share_closed < 0:
-            gap, linear = train.average("gap", 0, b), train.average("wiener", 0, b)
-            share = f"not yet as good as the best linear model (gap {gap:.4f} against {linear:.4f})"
-        floor, regular = train.average("floor", 0, b), train.average("regular", 0, b)
-        sentences.append(
-            f"navigation: {share}; {100 * floor / regular:.0f} % of its regular loss is floor, which no training "
-            "removes."
-        )
-    if train is not None and held_out is not None:
+def _navigation(train: Curves | None, b: float) -> list[str]:
+    """A sentence on the stage before the boundary b."""
+    if train is None or math.isnan(share_closed := closed(train, b)):
+        return []
+    share = f"{100 * share_closed:.0f} % of the way from the best linear model to the oracle"
+    if share_closed < 0:
+        gap, linear = train.average("gap", 0, b), train.average("wiener", 0, b)
+        share = f"not yet as good as the best linear model (gap {gap:.4f} against {linear:.4f})"
+    floor, regular = train.average("floor", 0, b), train.average("regular", 0, b)
+    return [
+        f"navigation: {share}; {100 * floor / regular:.0f} % of its regular loss is floor, which no training removes."
+    ]
+
+
+def _refinement(pairs: dict[str, tuple[Curves, Curves]], b: float) -> list[str]:
+    """A sentence on the stage after it: training and held-out images, by the suffix of the weights."""
+    parts = []
+    for suffix, (train, held_out) in pairs.items():
         ours, theirs = train.average("regular", b, 1), held_out.average("regular", b, 1)
-        if math.isnan(ours) or math.isnan(theirs):
-            return sentences
-        sentences.append(
-            f"refinement: held-out regular loss {theirs:.4f} against {ours:.4f} in training "
-            f"({100 * (theirs / ours - 1):+.0f} %); here the held-out loss is the number to watch: a training "
-            "loss that falls while it rises is memorization."
-        )
-    return sentences
+        if not (math.isnan(ours) or math.isnan(theirs)):
+            text = f"{theirs:.4f} against {ours:.4f} in training ({100 * (theirs / ours - 1):+.0f} %)"
+            parts.append(f"EMA {text}" if suffix else text)
+    if not parts:
+        return []
+    return [
+        f"refinement: held-out regular loss {', '.join(parts)}; here the held-out loss is the number to watch: a "
+        "training loss that falls while it rises is memorization."
+    ]

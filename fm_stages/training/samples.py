@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torchvision.utils import save_image
 from fm_stages import plots
 from fm_stages.data import TrainingData, pictures_of, to_model_range
 from fm_stages.flow import Guidance, sample, solver_named, time_grid
-from fm_stages.training.loggers import is_trial, log_image, run_folder
+from fm_stages.training.loggers import is_trial, log_image, run_folder, write_table
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.predictions import predict_data, prediction_figure
 
@@ -32,7 +33,8 @@ class SampleGrid(L.Callback):
 
     Writes grids of images, ``<run>/samples/<weights>_<step>.png``, guided ones beside them, and, where the Trainer has
     an `OracleMonitor`, the prediction strip ``<run>/samples/predictions_<step>.png``: what the networks take noisy
-    training images for in one step, beside the oracle. Rows that are no pictures have no strip.
+    training images for in one step, beside the oracle. Rows that are no pictures have no strip. Beside a grid lie its
+    settings as JSON, beside a strip the networks' distances to the oracle as CSV.
 
     Args:
         every_n_steps: optimizer steps between drawings; 0 = only at the end.
@@ -158,7 +160,21 @@ class SampleGrid(L.Callback):
                     name = f"{weights.lower()}{suffix}"
                     path = _file(trainer, name)
                     save_grid(as_images(images, data), path, columns)
+                    path.with_suffix(".json").write_text(json.dumps(self._drawn_how(moved, labels, columns), indent=1))
                     log_image(trainer, f"samples/{name}", path)
+
+    def _drawn_how(self, guidance: Guidance, labels: Tensor, columns: int) -> dict[str, Any]:
+        """What a grid shows, row after row, and by which settings: enough to draw it again from the weights."""
+        return {
+            "seed": self.seed,
+            "solver": self.solver.__name__,
+            "num_steps": self.num_steps,
+            "shift": self.shift,
+            "guidance_scale": guidance.scale,
+            "guidance_interval": list(guidance.interval),
+            "columns": columns,
+            "labels": labels.tolist(),
+        }
 
     def _draw_predictions(self, trainer: L.Trainer, networks: dict[str, nn.Module]) -> None:
         """The prediction strip, once the monitor has measured where the stages lie."""
@@ -173,6 +189,7 @@ class SampleGrid(L.Callback):
         if trainer.is_global_zero:
             to_picture, note = shown
             figure = prediction_figure(found, to_picture, f"step {trainer.global_step}", note)
+            write_table(trainer, f"samples/{_file(trainer, 'predictions').stem}", found.table())
             log_image(trainer, "samples/predictions", plots.save(figure, _file(trainer, "predictions")))
 
 

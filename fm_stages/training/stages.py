@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fm_stages.flow import TimestepSampler
 from fm_stages.oracle import THRESHOLDS, Oracle, StageProfile
+from fm_stages.training.alerts import alert
 
 
 def read_profile(file: str | Path, oracle: Oracle) -> StageProfile:
@@ -51,6 +54,42 @@ def check_label_dropout(profile: StageProfile, share: float, file: str | Path) -
                 "OracleMonitor(label_dropout=...) tells it",
             )
         )
+
+
+def find_stages(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    oracle: Oracle,
+    share: float,
+    known: StageProfile | None,
+    file: str | None,
+) -> StageProfile:
+    """The stages for a mix of labels, told in a line, with an alert where no boundary is found; every rank calls this.
+
+    Args:
+        trainer: of the run.
+        pl_module: which may say what density t is drawn from.
+        oracle: of the training set, on the device where it is asked.
+        share: of queries without a label.
+        known: what was read from the file, if anything.
+        file: its name.
+
+    Raises:
+        ValueError: if what was read is for another mix of labels.
+    """
+    if known is not None and file is not None:
+        check_label_dropout(known, share, file)
+        profile, source = known, f"read from {file}"
+    else:
+        rank_zero_info("Oracle: measuring the stages ...")
+        start = time.perf_counter()
+        profile = measure_profile(trainer, oracle, share)
+        source = f"measured in {time.perf_counter() - start:.0f} s"
+    rank_zero_info(f"Oracle: stages {source}: {describe_stages(profile, density_of(pl_module))}")
+    if not 0 < profile.boundary < 1:
+        text = "the posterior has always collapsed" if profile.boundary == 0 else "the posterior never collapses"
+        alert(trainer, "No boundary between the stages was found", f"{text}: is the data what it should be?")
+    return profile
 
 
 def measure_profile(trainer: L.Trainer, oracle: Oracle, share: float) -> StageProfile:

@@ -135,10 +135,11 @@ class StageAware(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch for memorization."""
         monitor = self._monitor
-        if trainer.sanity_checking or monitor is None or monitor.profile is None or monitor.train is None:
+        if trainer.sanity_checking or monitor is None or monitor.profile is None:
             return
-        if (held_out := monitor.held_out.get("")) is not None:
-            text = self._outlook.add_validation(trainer.global_step, held_out, monitor.train, monitor.profile.boundary)
+        held_out, train = monitor.held_out.get(""), monitor.probe.get("", monitor.train)
+        if held_out is not None and train is not None:
+            text = self._outlook.add_validation(trainer.global_step, held_out, train, monitor.profile.boundary)
             if text:
                 alert(trainer, "memorization sets in", text)
 
@@ -241,7 +242,7 @@ class StageAware(L.Callback):
         figure = plots.gradient_variance(
             found.edges, found.regular, found.oracle, b, found.mean_square, f"step {trainer.global_step}"
         )
-        log_figure(trainer, "stages/gradient_variance", figure)
+        log_figure(trainer, "stages/gradient_variance", figure, found.table())
 
     @rank_zero_only
     def _draw_density(self, trainer: L.Trainer, module: FlowMatching, policy: Policy) -> None:
@@ -249,10 +250,12 @@ class StageAware(L.Callback):
         assert self._monitor is not None
         assert self._monitor.profile is not None
         t = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
-        densities = {type(module.timesteps).__name__: module.timesteps.log_prob(t).exp().tolist()}
+        density = module.timesteps.log_prob(t).exp().tolist()
+        densities = {type(module.timesteps).__name__: density}
         title = f"density of t at step {trainer.global_step}, by {_name(policy)}"
         figure = plots.timestep_density(t.tolist(), densities, self._monitor.profile.boundary, title)
-        log_figure(trainer, "stages/density", figure)
+        table = ["t", "density"], [list(row) for row in zip(t.tolist(), density, strict=True)]
+        log_figure(trainer, "stages/density", figure, table)
 
 
 def _name(policy: Policy) -> str:

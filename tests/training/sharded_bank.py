@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from fm_stages.data import Digits
-from fm_stages.flow import LinearPath
+from fm_stages.flow import LinearPath, keyed_normal, keyed_uniform
 from fm_stages.oracle import DataBank, Oracle
 from fm_stages.oracle.skipping import measure_nearest
 from fm_stages.training import HybridTarget, OracleMonitor
@@ -74,6 +74,15 @@ class Training(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         return self.outputs(batch, 1000 + batch_idx, hybrid=True)
+
+    def predict_fixed(self, batch, batch_idx=0):
+        """Of the probe, which comes out of the bank; as `FlowMatching` does it."""
+        x1, labels, position = batch["x1"], batch["labels"], batch["position"]
+        t = keyed_uniform(("probe t",), position).to(x1)
+        x0 = keyed_normal(("probe noise",), position, tuple(x1.shape[1:])).to(x1)
+        x_t = self.path.interpolate(x0, x1, t)
+        prediction = self.network(torch.cat([x_t.flatten(1), t[:, None]], 1)).reshape(x1.shape)
+        return {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "labels": labels, "prediction": prediction}
 
     def outputs(self, batch: list[Tensor], seed: int, hybrid: bool) -> dict[str, Tensor]:
         x1, labels, index = batch
@@ -135,6 +144,7 @@ def train(folder: Path, device: str, strategy: str, sharded: bool) -> dict[str, 
         "profile": monitor.profile.to_json(),
         "table": monitor.train.table(),
         "held out": monitor.held_out[""].table(),
+        "probe": monitor.probe[""].table(),
         "num_stored": bank.num_stored,
     }
 

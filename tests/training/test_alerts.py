@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fm_stages.training.alerts import MemorizationWatch, alert
+from fm_stages.training.alerts import IdentityAlarm, MemorizationWatch, alert
 
 
 class FakeRun:
@@ -82,6 +82,16 @@ def feed(watch, held_out, error=0.01, training=None):
 
 
 FALLS_AND_RISES = [1.0, 0.8, 0.7, 0.6, 0.61, 0.7, 0.75, 0.8, 0.9]
+
+
+class TestIdentityAlarm:
+    def test_one_bad_window_raises_none_and_two_do(self, make_trainer, recwarn):
+        alarm = IdentityAlarm()
+        for z in (6.0, 1.0, 6.0):
+            alarm.test(make_trainer(), z)
+        assert not [w for w in recwarn if "identity" in str(w.message)]
+        with pytest.warns(UserWarning, match=r"z = -7\.0, two windows running"):
+            alarm.test(make_trainer(), -7.0)
 
 
 class TestMemorizationWatch:

@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from matplotlib.figure import Figure
 
 from fm_stages.oracle import Curves
 from fm_stages.training import loggers
@@ -58,16 +59,25 @@ class TestWandbMode:
         assert "WANDB_MODE" not in loggers.os.environ
 
 
+CURVES = Curves([0.0, 0.5, 1.0], [3, 1], {"gap": [0.25, 0.5]}, {"gap": [0.1, float("nan")]})
+
+
 class TestTables:
-    def test_a_table_is_written_for_any_logger(self, make_trainer, tmp_path, read_csv):
-        curves = Curves([0.0, 0.5, 1.0], [3, 1], {"gap": [0.25, 0.5]}, {"gap": [0.1, float("nan")]})
-        loggers.log_curves(make_trainer(default_root_dir=tmp_path / "run"), "oracle/gap_by_t", curves)
+    def test_curves_are_written_for_any_logger(self, make_trainer, tmp_path, read_csv):
+        loggers.write_curves(make_trainer(default_root_dir=tmp_path / "run"), "oracle/gap_by_t", CURVES)
         table = read_csv(tmp_path / "run/oracle/gap_by_t_0000000.csv")
         assert list(table) == ["t_lo", "t_hi", "count", "gap", "gap_sem"]
         assert table["gap"] == [0.25, 0.5]
         assert table["gap_sem"] == pytest.approx([0.1, float("nan")], nan_ok=True)
 
+    def test_a_figure_lies_beside_its_numbers(self, make_trainer, tmp_path, read_csv, real_figures):
+        trainer = make_trainer(default_root_dir=tmp_path / "run")
+        loggers.log_figure(trainer, "oracle/new", Figure(figsize=(1, 1)), (["step", "gap"], [[1, 0.5], [2, 0.25]]))
+        assert (tmp_path / "run/oracle/new.png").read_bytes().startswith(b"\x89PNG")
+        assert read_csv(tmp_path / "run/oracle/new.csv") == {"step": [1, 2], "gap": [0.5, 0.25]}
+
     def test_a_trial_run_writes_nothing(self, make_trainer, tmp_path):
         trainer = make_trainer(fast_dev_run=True, default_root_dir=tmp_path / "run")
-        loggers.log_curves(trainer, "oracle/gap_by_t", Curves([0.0, 1.0], [1], {"gap": [0.5]}, {"gap": [0.1]}))
+        loggers.write_curves(trainer, "oracle/gap_by_t", CURVES)
+        loggers.log_figure(trainer, "oracle/new", Figure(), (["step"], [[1]]))
         assert not (tmp_path / "run").exists()

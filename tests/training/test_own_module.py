@@ -191,5 +191,19 @@ class TestFlowMatching:
         for rank, whole in zip(ranks_of(launched / "resumed"), pair, strict=True):
             assert all(torch.equal(rank.weights[name], weights) for name, weights in whole.weights.items())
             assert repr(rank.table) == repr(whole.table)
-        files = [launched / folder / "oracle/gap_by_t_0000004.csv" for folder in ("resumed", "flow_matching")]
-        assert files[0].read_text() == files[1].read_text()
+        for name in (
+            "oracle/gap_by_t_0000004",
+            "oracle/gap_over_steps",
+            "memorization/regular_by_t",
+            "memorization/regular_by_stage",
+        ):
+            files = [launched / folder / f"{name}.csv" for folder in ("resumed", "flow_matching")]
+            assert files[0].read_text() == files[1].read_text(), name
+
+    def test_other_callbacks_see_what_a_validation_found(self, pair, alone, read_csv):
+        logged = read_csv(alone[1] / "metrics.csv")
+        for name, values in logged.items():
+            if name.startswith(("oracle_val/", "oracle_train/", "memorization/")):
+                (value,) = [x for x, step in zip(values, logged["step"], strict=True) if step == 6 and x == x]
+                for rank in pair:
+                    assert rank.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name

@@ -33,7 +33,7 @@ def test_weights_are_those_of_a_run_without(ranks):
 def test_one_rank_writes_them(ranks, folder):
     names = ("raw", "raw_guided", "ema", "ema_guided", "predictions")
     expected = {f"{name}_000000{step}.png" for name in names for step in (2, 4)}
-    assert {path.name for path in (folder / "pictures/samples").iterdir()} == expected
+    assert {path.name for path in (folder / "pictures/samples").glob("*.png")} == expected
     assert not (folder / "plain/samples").exists()
 
 

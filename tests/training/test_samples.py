@@ -1,5 +1,6 @@
 """Sample grids: the pixels of the files are the samples of the weights that they name."""
 
+import json
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +17,7 @@ from fm_stages.training.samples import evaluating
 
 
 def steps_of(folder: str = "samples") -> list[str]:
-    return sorted(file.name for file in Path(folder).iterdir())
+    return sorted(file.name for file in Path(folder).glob("*.png"))
 
 
 class TestGrid:
@@ -49,6 +50,10 @@ class TestGrid:
         )
         make_trainer(2, callbacks=[grid]).fit(module, datamodule=make_data())
         assert steps_of() == [f"{name}_0000002.png" for name in ("ema", "ema_guided", "raw", "raw_guided")]
+        said = json.loads(Path("samples/raw_guided_0000002.json").read_text())
+        assert (said["guidance_scale"], said["guidance_interval"], said["solver"]) == (3.0, [0.2, 0.8], "midpoint")
+        assert (said["labels"], said["num_steps"], said["columns"]) == ([0, 1, 2], 4, 3)
+        assert json.loads(Path("samples/raw_0000002.json").read_text())["guidance_scale"] == 1.0
         guidance = Guidance(3.0, (0.2, 0.8))
         images = sample(module.network.eval(), torch.arange(3), (1, 4, 4), 0, 4, solver=midpoint, guidance=guidance)
         shown = np.array(Image.open("samples/raw_guided_0000002.png"))[2:34:8, 2:34:8, 0]
@@ -147,13 +152,17 @@ class TestPredictions:
         return caught
 
     @pytest.mark.usefixtures("real_figures")
-    def test_both_weights_of_that_step_beside_the_oracle(self, make_module, make_data, make_trainer, figures):
+    def test_both_weights_of_that_step_beside_the_oracle(self, make_module, make_data, make_trainer, figures, read_csv):
         module = make_module(ema_decay=0.9)
         monitor = OracleMonitor(1, 1)
         grid = SampleGrid(2, num_samples=0, num_predictions=3)
         make_trainer(4, callbacks=[monitor, grid]).fit(module, datamodule=make_data())
         assert steps_of() == ["predictions_0000002.png", "predictions_0000004.png"]
         assert Image.open("samples/predictions_0000004.png").size[0] > 400
+        table = read_csv("samples/predictions_0000004.csv")
+        assert list(table) == ["draw", "label", "t", "distance_raw", "distance_EMA"]
+        assert set(table["draw"]) == set(range(max(map(int, table["draw"])) + 1))
+        assert all(distance > 0 for distance in table["distance_raw"])
         first, last = figures
         x_t, mean, predicted, distance, x1, labels, t, title, boundary = last
         assert boundary == monitor.profile.boundary

@@ -52,7 +52,7 @@ class TestSharded:
                     assert ours[name] == value, name
                 else:  # standard errors are small beside what they are of
                     assert ours[name] == pytest.approx(value, rel=1e-5, abs=2e-5 if "sem" in name else 1e-12), name
-            for table in ("table", "held out"):
+            for table in ("table", "held out", "probe"):
                 names, rows = copied[table]
                 assert sharded[table][0] == names
                 assert any(row[names.index("count")] for row in rows)
@@ -60,7 +60,7 @@ class TestSharded:
                 np.testing.assert_allclose(ours, rows, rtol=2e-5, atol=1e-5)
 
     def test_ranks_agree(self, runs, strategy):
-        for name in ("profile", "table", "held out"):
+        for name in ("profile", "table", "held out", "probe"):
             assert str(runs[0][strategy, True][name]) == str(runs[1][strategy, True][name])
 
 

@@ -128,7 +128,7 @@ class TestRun:
         trainer = make_trainer(4, callbacks=[monitor])
         trainer.fit(make_module(label_dropout=0.3), datamodule=make_data(), ckpt_path="a.ckpt")
         assert monitor.profile == saved
-        assert sorted(int(file.stem[-7:]) for file in Path("oracle").glob("*.csv")) == [1, 2, 3, 4]
+        assert sorted(int(file.stem[-7:]) for file in Path("oracle").glob("gap_by_t_*.csv")) == [1, 2, 3, 4]
 
     def test_a_second_fit_of_other_data_is_refused(self, saved, no_measurement, make_module, make_data, make_trainer):
         no_measurement()

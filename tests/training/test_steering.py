@@ -115,7 +115,7 @@ class TestNothingToFollow:
         def never_collapses(trainer, oracle, share):
             return dataclasses.replace(StageProfile.measure(oracle, share, num_queries=16), boundary=1.0)
 
-        monkeypatch.setattr("fm_stages.training.monitor.measure_profile", never_collapses)
+        monkeypatch.setattr("fm_stages.training.stages.measure_profile", never_collapses)
         trainer, module, _ = steered(make_module, make_data, make_trainer, ShiftToBoundary(), default_root_dir=tmp_path)
         assert isinstance(module.timesteps, UniformTimesteps)
         assert "no boundary was found" in lines(trainer)[0]["reason"]
