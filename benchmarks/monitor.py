@@ -91,6 +91,9 @@ class TimedMonitor(OracleMonitor):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
         self.held_out_sec += self._timed(pl_module, super().on_validation_batch_end, trainer, pl_module, *rest)
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.held_out_sec += self._timed(pl_module, super().on_validation_epoch_end, trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.held_out_sec += self._timed(pl_module, super().on_validation_end, trainer, pl_module)
 
@@ -178,7 +181,8 @@ def short(config: str, overrides: list[str], rounds: int) -> None:
     held_out = monitor.held_out_sec / median_step
     print(f"\nOnce in a run: {', '.join(f'{name} {sec:.1f} s' for name, sec in monitor.setup_sec.items())}", end="")
     print(f", first window's logging {num_warm['logged'][0]:.1f} s.")
-    print(f"A validation of {num_val} batches takes {held_out:.1f} steps longer with the monitor", end="")
+    probe = f"and its probe of {sum(monitor.probe[''].count)} training images" if monitor.probe else ""
+    print(f"A validation of {num_val} batches takes {held_out:.1f} steps longer with the monitor {probe}", end="")
     print(f": {100 * held_out / 1000:.2f} % of training time where there is one in 1000 steps.")
 
 

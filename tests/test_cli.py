@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -309,18 +310,10 @@ class TestInitFrom:
 class TestWandb:
     def test_offline_run_holds_config_numbers_table_figure_and_samples(self, command, tmp_path):
         """Read back with wandb's own tool."""
-        import wandb
-
         done = command("fit", "--config", DIGITS, *TINY)
         assert done.status == 0, done.err
-        wandb.finish()
-        (file,) = tmp_path.rglob("*.wandb")
+        file, run = logged_run(tmp_path)
         assert file.is_relative_to(tmp_path / RUN)
-        tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-        read = subprocess.run(tool, capture_output=True, text=True, timeout=60)
-        if read.returncode and "No such command" in read.stderr:
-            pytest.skip("this wandb cannot read a run back")
-        run = json.loads(read.stdout)
         summary = run["summary"]
         assert run["project"] == "fm-stages"
         assert run["config"]["model"]["network"]["init_args"]["hidden_size"] == 16
@@ -340,6 +333,34 @@ class TestWandb:
             values = [math.nan if x in (None, "NaN") else float(x) for x in row]
             assert values == pytest.approx([float(x) for x in line.split(",")], rel=1e-6, nan_ok=True)
         assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+    def test_workspace_shows_only_what_a_run_logs(self, command, tmp_path):
+        """All of it, of a run whose density of t is steered and whose gradients are measured."""
+        policy = [{"class_path": "ShiftToBoundary", "init_args": {"warmup_steps": 2, "every_n_steps": 2}}]
+        steering = [f"--steering.policies={json.dumps(policy)}", "--steering.gradients_every_n_steps=2"]
+        done = command("fit", "--config", DIGITS, *TINY, *steering)
+        assert done.status == 0, done.err
+        shown = runpy.run_path(str(DIGITS.parent / "wandb_workspace.py"))
+        logged = logged_run(tmp_path)[1]["summary"].keys()
+        assert shown["names"]() <= logged
+        assert {name for name in logged if name.startswith("memorization/")} <= shown["names"]()
+        assert set(shown["LINES"]) | set(shown["PICTURES"]) == set(shown["SECTIONS"])
+        for name in ("stages/density", "stages/gradient_variance"):  # beside each figure its numbers
+            assert (RUN / f"{name}.png").is_file()
+            assert len((RUN / f"{name}.csv").read_text().splitlines()) > 6
+
+
+def logged_run(folder: Path) -> tuple[Path, dict]:
+    """The run file in a folder, and what wandb's own tool reads back from it."""
+    import wandb
+
+    wandb.finish()
+    (file,) = folder.rglob("*.wandb")
+    tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
+    read = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+    if read.returncode and "No such command" in read.stderr:
+        pytest.skip("this wandb cannot read a run back")
+    return file, json.loads(read.stdout)
 
 
 def overlay(change: dict[str, str]) -> str:

@@ -47,7 +47,7 @@ def regular_by_stage(
                           alpha=0.6 if not suffix else 1.0, label=label)  # fmt: skip
         axes.set_title(stage)
         axes.set_xlabel("step")
-        axes.set_ylabel("regular loss: mean squared error per value, over uniform t")
+        axes.set_ylabel("regular loss (mean square per value, uniform t)")
         axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure

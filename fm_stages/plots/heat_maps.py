@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Times that are written beside the bins, which are even in logit(t)."""
 
-WIDEST = 4.0
-"""Ratio of held-out to training loss, or its inverse, at which a colour scale ends at the latest."""
+WIDEST, NARROWEST = 4.0, 1.5
+"""Ratio of held-out to training loss, or its inverse, where a colour scale ends at the latest and soonest."""
 
 Rows = Sequence[Sequence[float]]
 
@@ -47,16 +47,19 @@ def gap_over_steps(steps: Sequence[int], edges: Sequence[float], gap: Rows, boun
 def regular_over_steps(
     steps: Sequence[int],
     edges: Sequence[float],
-    losses: Mapping[str, tuple[Rows, Rows]],
+    losses: Mapping[str, tuple[Rows, Rows, Rows]],
     boundary: float,
     title: str = "",
 ) -> Figure:
     """Training and held-out regular loss by t over the steps, and how many times as large the held-out one is.
 
+    Where the two are within two standard errors of one another the ratio is white.
+
     Args:
         steps: (S,) of the validations.
         edges: (K + 1) bin edges.
-        losses: by kind of weights the training and the held-out loss, each (S, K); a row of panels for each.
+        losses: by kind of weights the training loss, the held-out loss, and the standard error of their difference,
+            each (S, K); a row of panels for each kind.
         boundary: between the stages.
         title: of the figure.
 
@@ -65,12 +68,11 @@ def regular_over_steps(
     """
     figure = Figure(figsize=(14, 0.8 + 3.8 * len(losses)), layout="constrained")
     panels = figure.subplots(len(losses), 3, squeeze=False, sharey=True)
-    pairs = {name: tuple(np.asarray(rows, dtype=float) for rows in pair) for name, pair in losses.items()}
-    scale = LogNorm(*_limits(np.stack([rows for pair in pairs.values() for rows in pair])))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = {name: held_out / train for name, (train, held_out) in pairs.items()}
+    known = {name: tuple(np.asarray(rows, dtype=float) for rows in three) for name, three in losses.items()}
+    scale = LogNorm(*_limits(np.stack([rows for three in known.values() for rows in three[:2]])))
+    ratios = {name: _clear_ratio(*three) for name, three in known.items()}
     widest = _widest(np.stack(list(ratios.values())))
-    for row, (name, (train, held_out)) in zip(panels, pairs.items(), strict=True):
+    for row, (name, (train, held_out, _)) in zip(panels, known.items(), strict=True):
         left = _mesh(row[0], steps, edges, train, scale, "viridis")
         _mesh(row[1], steps, edges, held_out, scale, "viridis")
         right = _mesh(row[2], steps, edges, ratios[name], LogNorm(1 / widest, widest), "RdBu_r")
@@ -79,7 +81,7 @@ def regular_over_steps(
             _decorate(axes, edges, boundary)
         row[0].set_ylabel("t   (0 = noise, 1 = data)")
         _bar(figure, left, list(row[:2]), "regular loss per value")
-        _bar(figure, right, [row[2]], "ratio: above 1 = known by heart")
+        _bar(figure, right, [row[2]], "ratio: above 1 = training images known by heart")
     figure.suptitle(title)
     return figure
 
@@ -114,7 +116,8 @@ def _decorate(axes: Axes, edges: Sequence[float], boundary: float) -> None:
 def _bar(figure: Figure, mesh: QuadMesh, axes: list[Axes], label: str) -> None:
     """A colour bar with plain numbers."""
     bar = figure.colorbar(mesh, ax=axes, label=label, pad=0.05)
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = bar.ax.get_ylim()
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -128,8 +131,16 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
     return low, high if high > low else 1.01 * low
 
 
+def _clear_ratio(train: np.ndarray, held_out: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Held-out over training loss; 1 where their difference is below two standard errors."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = held_out / train
+        same = np.isfinite(ratio) & ~(np.abs(held_out - train) > 2 * error)
+    return np.where(same, 1.0, ratio)
+
+
 def _widest(ratios: np.ndarray) -> float:
-    """End of a scale that is even about 1, a little above it at least."""
+    """End of a scale that is even about 1."""
     shown = ratios[np.isfinite(ratios) & (ratios > 0)]
     largest = float(np.exp(np.abs(np.log(shown)).max())) if len(shown) else 1.0
-    return min(max(largest, 1.1), WIDEST)
+    return min(max(largest, NARROWEST), WIDEST)

@@ -85,12 +85,13 @@ def _regular_loss(trainer: L.Trainer, validations: History, boundary: float) -> 
     }
     found = {suffix: best_validation(validations, suffix, boundary) for suffix in WEIGHTS}
     best = {suffix: place for suffix, place in found.items() if place is not None}
-    figure = plots.regular_by_stage(steps, stages, best, "training and held-out images, the same draws")
+    title = "training and held-out images under the same noise (bands: 2 standard errors)"
+    figure = plots.regular_by_stage(steps, stages, best, title)
     log_figure(trainer, "memorization/regular_by_stage", figure, losses_over_steps(validations, boundary), steps[-1])
     both = {
-        name: (validations.by_t(f"train{suffix}"), validations.by_t(f"held_out{suffix}"))
+        name: (validations.by_t(train), validations.by_t(held_out), validations.error_between(train, held_out))
         for suffix, name in WEIGHTS.items()
-        if f"train{suffix}" in series and f"held_out{suffix}" in series
+        if {train := f"train{suffix}", held_out := f"held_out{suffix}"} <= set(series)
     }
     if both:
         figure = plots.regular_over_steps(steps, validations.edges, both, boundary)

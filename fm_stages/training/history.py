@@ -62,6 +62,12 @@ class History:
         none = [math.nan] * (len(self.edges) - 1)
         return [row[name].mean[self.quantity] if name in row else none for row in self.rows]
 
+    def error_between(self, one: str, other: str) -> list[list[float]]:
+        """Standard errors of the difference of two series at each step, by bin: (S, K); NaN where there is none."""
+        none = [math.nan] * (len(self.edges) - 1)
+        errors = [[row[name].sem[self.quantity] if name in row else none for name in (one, other)] for row in self.rows]
+        return [[math.hypot(a, b) for a, b in zip(*pair, strict=True)] for pair in errors]
+
     def average(self, name: str, lo: float, hi: float) -> tuple[list[float], list[float]]:
         """A series' averages over uniform t in [lo, hi] at each step (S,), and their standard errors."""
         found = [row.get(name) for row in self.rows]
@@ -72,14 +78,14 @@ class History:
 
     def table(self) -> Table:
         """One row for each step and bin: step, t_lo, t_hi; and of each series count, mean and standard error."""
-        columns = ["step", "t_lo", "t_hi"]
-        for name in self.series:
+        columns, edges, series = ["step", "t_lo", "t_hi"], self.edges, self.series
+        for name in series:
             columns += [f"{name}_count", f"{name}_{self.quantity}", f"{name}_{self.quantity}_sem"]
         lines = []
         for step, row in zip(self.steps, self.rows, strict=True):
-            for k in range(len(self.edges) - 1):
-                line: list[float] = [step, self.edges[k], self.edges[k + 1]]
-                for name in self.series:
+            for k in range(len(edges) - 1):
+                line: list[float] = [step, edges[k], edges[k + 1]]
+                for name in series:
                     c = row.get(name)
                     mean, sem = (math.nan,) * 2 if c is None else (c.mean[self.quantity][k], c.sem[self.quantity][k])
                     line += [0 if c is None else c.count[k], mean, sem]

@@ -160,7 +160,7 @@ class SampleGrid(L.Callback):
                     name = f"{weights.lower()}{suffix}"
                     path = _file(trainer, name)
                     save_grid(as_images(images, data), path, columns)
-                    path.with_suffix(".json").write_text(json.dumps(self._drawn_how(moved, labels, columns), indent=1))
+                    path.with_suffix(".json").write_text(json.dumps(self._drawn_how(moved, labels, columns)))
                     log_image(trainer, f"samples/{name}", path)
 
     def _drawn_how(self, guidance: Guidance, labels: Tensor, columns: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def test_a_panel_for_each_stage_with_its_lines_and_the_best_step(tmp_path):
     assert [axes.get_title() for axes in figure.axes] == list(stages)
     for axes, factor in zip(figure.axes, (1, 2), strict=True):
         assert axes.get_xlabel() == "step"
-        assert "mean squared error" in axes.get_ylabel()
+        assert "per value" in axes.get_ylabel()
         found = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
         assert found["training images, raw weights"][:, 1] == pytest.approx([factor * x for x in SERIES["train"][0]])
         assert found["held-out images, EMA weights"][1:, 1] == pytest.approx([factor * 0.45, factor * 0.4])

@@ -63,7 +63,8 @@ class TestGapOverSteps:
 class TestRegularOverSteps:
     def test_ratio_is_held_out_over_training(self, tmp_path):
         train, held_out = np.array(GAP) + 0.1, 2 * (np.array(GAP) + 0.1)
-        losses = {"raw": (train, held_out), "EMA": (held_out, train)}
+        error = 0.1 * train
+        losses = {"raw": (train, held_out, error), "EMA": (held_out, train, error)}
         figure = plots.regular_over_steps(STEPS, EDGES, losses, 0.4)
         panels = [axes for axes in figure.axes if axes.get_xlabel() == "step"]
         assert [axes.get_title() for axes in panels][2] == "held-out / training, raw weights"
@@ -74,6 +75,12 @@ class TestRegularOverSteps:
         assert mesh_of(panels[0]).norm is mesh_of(panels[4]).norm  # one scale, so that panels can be compared
         plots.save(figure, tmp_path / "a.png")
 
+    def test_what_may_be_chance_is_white(self):
+        train, held_out, error = [[1.0] * 4], [[1.1, 1.3, 0.5, NAN]], [[0.1, 0.1, 0.1, 0.1]]
+        figure = plots.regular_over_steps([1], EDGES, {"raw": (train, held_out, error)}, 0.4)
+        shown = mesh_of([axes for axes in figure.axes if axes.get_xlabel() == "step"][2]).get_array()
+        assert shown.compressed() == pytest.approx([1.0, 1.3, 0.5])
+
     def test_without_a_number(self, tmp_path):
         nothing = [[NAN] * 4]
-        plots.save(plots.regular_over_steps([1], EDGES, {"raw": (nothing, nothing)}, 0.4), tmp_path / "a.png")
+        plots.save(plots.regular_over_steps([1], EDGES, {"raw": (nothing, nothing, nothing)}, 0.4), tmp_path / "a.png")
