@@ -82,7 +82,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
     "encode": ("images to latents, once: --data FOLDER --vae NAME_OR_PATH --out DIR", _encode),
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
-    "diagnose": ("regular loss, gap and floor by t of a trained checkpoint: --ckpt FILE", _diagnose),
+    "diagnose": ("regular loss, gap and floor by t of trained checkpoints: --ckpt FILE [--ckpt FILE]", _diagnose),
     "sample": ("draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR", _sample),
     "evaluate": ("FID and others of a checkpoint or of images: --ckpt FILE --features FILE_OR_CLASS", _evaluate),
     "features": ("a classifier that measures images for evaluate: --config X.yaml", _features),

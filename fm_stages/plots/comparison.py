@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from fm_stages.plots.losses import COLOURS
 from fm_stages.plots.style import shade_stages
 
 
@@ -20,6 +21,7 @@ def gap_of_arms(
     reference: str,
     boundary: float,
     title: str = "",
+    linear: Sequence[float] | None = None,
 ) -> Figure:
     """The gap over t of several arms, and below it the difference of each to the reference.
 
@@ -27,10 +29,11 @@ def gap_of_arms(
         edges: (K + 1) bin edges.
         curves: by arm, ``mean`` (K) over seeds and its standard error ``sem`` (K), 0 or NaN where there is none; and,
             for arms that share seeds with the reference, ``relative`` (K) and ``relative_sem`` (K): the difference over
-            the reference, paired by seed.
+            the reference, paired by seed (or by draw).
         reference: the arm that is the zero line below.
         boundary: between the stages.
         title: of the figure.
+        linear: (K) the gap of the best linear model, for scale.
 
     Returns:
         The figure; bands are two standard errors to either side.
@@ -47,6 +50,8 @@ def gap_of_arms(
             error = 200 * np.nan_to_num(np.asarray(arm["relative_sem"]))
             below.plot(centre, share, color=f"C{i}", marker="o", ms=3, lw=1.4)
             below.fill_between(centre, share - error, share + error, color=f"C{i}", alpha=0.13, lw=0)
+    if linear is not None:
+        above.plot(centre, linear, color=COLOURS["wiener"], ls="--", lw=1.2, label="the best linear model (Wiener)")
     above.set_yscale("log")
     above.set_ylabel("distance to the oracle, squared, per value")
     above.legend(fontsize=8)

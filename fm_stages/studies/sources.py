@@ -71,7 +71,7 @@ def open_source(
         ValueError: if it cannot be read, has fewer rows, less than two that differ, or no labels to keep.
         FileNotFoundError: if there is no such file.
     """
-    name, place = _split_name(spec)
+    name, place = split_name(spec)
     try:
         source = _open(name, place, rows, seed, image_size, path, labels is not False)
         if labels and not source.bank.has_labels:
@@ -146,7 +146,7 @@ def _name_of(file: Path) -> str:
     return (file.name if file.is_dir() else file.stem) or "data"
 
 
-def _split_name(spec: str) -> tuple[str, str]:
+def split_name(spec: str) -> tuple[str, str]:
     """The name before ``=``, if there is one, and the rest."""
     match = re.fullmatch(r"(\w[\w.-]*)=(.+)", spec)
     return (match[1], match[2]) if match and not Path(spec).exists() else ("", spec)

@@ -11,7 +11,7 @@ from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
 from fm_stages.training.predictions import Predictions, predict_data, prediction_figure, times_around
 from fm_stages.training.preemption import Preempted, Preemption
-from fm_stages.training.report import report
+from fm_stages.training.report import closed, report
 from fm_stages.training.samples import SampleGrid, save_grid
 from fm_stages.training.sharding import FSDP2Strategy
 from fm_stages.training.stages import expected_floors
@@ -57,6 +57,7 @@ __all__ = [
     "Throughput",
     "TrainingCLI",
     "choose_wandb_mode",
+    "closed",
     "config_files",
     "expected_floors",
     "find_launcher",

@@ -49,22 +49,24 @@ def make_network(seed: int, num_classes: int = 10) -> DiT:
     return network.eval()
 
 
-def save_checkpoint(path: Path, ema: bool = True, num_classes: int = 10, data: bool = True, **model) -> Path:
-    """Of the digits; raw weights by seed 1 and EMA weights by seed 2; fields of section ``model`` may be given."""
+def save_checkpoint(
+    file: Path, ema: bool = True, num_classes: int = 10, data: bool = True, seeds: tuple[int, int] = (1, 2), **model
+) -> Path:
+    """Of the digits; raw and EMA weights by their seeds; fields of section ``model`` may be given."""
     sizes = {**SIZES, "num_classes": num_classes}
     network = {"class_path": "fm_stages.networks.DiT", "init_args": sizes}
     config: dict = {"model": {"network": network, **model}}
     if data:
         config["data"] = {"class_path": "fm_stages.data.Digits"}
-    kinds = {"network.": 1, **({"network_ema.": 2} if ema else {})}
+    kinds = {"network.": seeds[0], **({"network_ema.": seeds[1]} if ema else {})}
     state = {
         f"{prefix}{name}": weight
         for prefix, seed in kinds.items()
         for name, weight in make_network(seed, num_classes).state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": state, "global_step": 7, CONFIG_KEY: yaml.safe_dump(config)}, path)
-    return path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "global_step": 7, CONFIG_KEY: yaml.safe_dump(config)}, file)
+    return file
 
 
 @pytest.fixture(scope="session")
