@@ -1,6 +1,7 @@
 """Copies, near copies and duplicates among samples: found by brute force in float64, and planted ones counted."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fm_stages.studies.memorization_measure import Share, measure, nearest_sourc
 from fm_stages.studies.memorization_references import source_of
 from fm_stages.studies.models import load_trained
 from fm_stages.studies.ranks import Job
+from tests.studies import memorization_on_ranks as on_ranks
 
 
 def true_distances(images: Tensor, rows: Tensor) -> Tensor:
@@ -286,3 +288,33 @@ class TestStudy:
     def test_numbers_out_of_range(self, data, references):
         with pytest.raises(ValueError, match="num_calibration=1 .* must be 2 or more"):
             study_memorization(references.fresh, data, num_calibration=1, progress=False)
+
+
+def test_two_ranks_find_what_one_does(launch, tmp_path):
+    ranks = launch(Path(on_ranks.__file__), tmp_path, 2, "cpu")
+    alone = on_ranks.study(slice(None), None, Job())
+    assert alone["summaries"]["samples"]["copies"]["value"] > 0.05
+    for found in ranks:
+        for name in ("study", "none on one"):
+            assert_close(found[name], alone)
+        assert "rank 1 cannot go on: 2 of 2 samples hold NaN" in found["nan on one"] or found is ranks[1]
+        assert "2 of 2 samples hold NaN" in found["nan on one"]
+        assert "there are no samples" in found["none anywhere"]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"closest.png", "memorization_index.png", "memorization.json", "memorization.csv"}
+
+
+def assert_close(found, expected) -> None:
+    """Plain data, equal but for the rounding of networks and oracles in other batches."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for own, other in zip(found, expected, strict=True):
+            assert_close(own, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+    else:
+        assert found == expected
