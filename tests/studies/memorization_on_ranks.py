@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from fm_stages.data import Digits
+from fm_stages.flow import LinearPath
 from fm_stages.networks import DiT
+from fm_stages.oracle import Oracle, StageProfile
 from fm_stages.studies.memorization import References, study_memorization
 from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.training import FlowMatching
-from tests.studies.conftest import made_profile
 
 
 def study(own: slice, out: Path | None, job: Job) -> dict:
@@ -22,13 +23,14 @@ def study(own: slice, out: Path | None, job: Job) -> dict:
     samples = references.fresh.clone()
     samples[3:7] = data.bank().rows(torch.arange(4))
     samples[30] = samples[2]
+    stages = StageProfile.measure(Oracle(data.bank(), LinearPath()), num_queries=16, num_times=6)
     torch.manual_seed(0)
     network = DiT(8, 4, 1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     result = study_memorization(
         samples[own], data, FlowMatching(network), {"net": network.eval()}, out, index=torch.arange(len(samples))[own],
-        num_calibration=9, num_steps=5, num_queries=7, profile=made_profile(boundary=0.3), job=job, progress=False,
+        num_calibration=9, num_steps=5, num_queries=7, profile=stages, job=job, progress=False,
     )  # fmt: skip
     return {**result.plain(), "table": result.closest.table()[1]}
 
