@@ -22,6 +22,7 @@ from fm_stages.studies.drawing import Drawing
 from fm_stages.studies.evaluate_features import FeatureSet, extract
 from fm_stages.studies.evaluate_files import open_images, read_record
 from fm_stages.studies.evaluate_images import SPLITS, Images, drawn, picture_shape, rows_of
+from fm_stages.studies.evaluate_memorization import FILES, memorization_of
 from fm_stages.studies.evaluate_options import out_folder, parse
 from fm_stages.studies.evaluate_report import make_report, text_of, write_report
 from fm_stages.studies.evaluate_scores import measure_all
@@ -61,6 +62,7 @@ class _Evaluation:
             self.data = self._data()
             shape = picture_shape(self.data)
             self.extractor = Extractor.of(module, shape, self.device)
+            self.trained_on = (self.drawing.data if self.drawing else None) or self.data
             self.samples = self._samples(shape)
             other = SPLITS[1 - SPLITS.index(options.reference)]
             self.reference = rows_of(self.data, options.reference, options.num_reference, self.device, SEED)
@@ -78,6 +80,10 @@ class _Evaluation:
         samples, reference, other = sets
         scores = measure_all(samples, reference, other, self.job, SEED, self.device)
         report = make_report(scores, (samples, reference, other), self.extractor.record, self.data.class_names, SEED)
+        if self.options.num_memorization:
+            report["memorization"] = memorization_of(
+                samples, self.trained_on, self.drawing, self.out, self.job, SEED, self.device
+            )
         with together(self.job.group):
             if self.job.rank == 0:
                 self._finish(report, (samples, reference, other))
@@ -109,11 +115,10 @@ class _Evaluation:
     def _samples(self, shape: tuple[int, int, int]) -> Images:
         if self.drawing is None:
             return open_images(Path(self.options.samples), self.options.num, shape, self.data)
-        own = self.drawing.data or self.data
-        if own is not self.data:
-            own.prepare_data()
-            own.setup()  # it makes pixels of what is drawn
-        return drawn(self.drawing, own, shape, self.options.num)
+        if self.trained_on is not self.data:
+            self.trained_on.prepare_data()
+            self.trained_on.setup()  # it makes pixels of what is drawn
+        return drawn(self.drawing, self.trained_on, shape, self.options.num)
 
     def _extract(self, images: Images) -> FeatureSet:
         keep = self.options.num_memorization if images is self.samples else 0
@@ -121,6 +126,7 @@ class _Evaluation:
 
     def _finish(self, report: dict[str, Any], sets: tuple[FeatureSet, FeatureSet, FeatureSet]) -> None:
         files = write_report(report, sets, self.out)
+        files += [path for name in FILES if (path := self.out / name).exists()]
         print(f"\n{text_of(report)}\n\n{self.out}: {', '.join(file.name for file in files)}")
         if self.options.wandb:
             from fm_stages.studies.evaluate_wandb import log_report  # wandb takes a second to import

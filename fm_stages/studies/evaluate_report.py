@@ -85,14 +85,14 @@ def make_report(
         },
         "reference": {**reference.images.record, "num": reference.num},
         "other": {**other.images.record, "num": other.num},
-        "features": extractor,
+        "features": {name: value for name, value in extractor.items() if name != "warning"},
         "metrics": {**of_samples.settings, "seed": seed, "yardstick_mifid_images": yardstick.settings["mifid_images"]},
         "classes": {
             "names": list(class_names),
             "samples": balance(samples.labels, len(class_names)),
             "reference": balance(reference.labels, len(class_names)),
         },
-        "warnings": warnings_of(*sets),
+        "warnings": [*([extractor["warning"]] if "warning" in extractor else []), *warnings_of(*sets)],
         "versions": {name: _version(name) for name in PACKAGES},
     }
 
@@ -149,7 +149,7 @@ def text_of(report: dict[str, Any]) -> str:
         parts.append("\n".join(f"- WARNING: {warning}" for warning in report["warnings"]))
     parts.append("\n".join(f"- {name}: {said}" for name, said in _statements(report).items()))
     if memorization := report.get("memorization"):
-        parts.append(f"## Memorization\n\n{memorization['text']}")
+        parts.append(f"## Memorization\n\n```text\n{memorization['text']}\n```")
     return "\n\n".join(parts)
 
 

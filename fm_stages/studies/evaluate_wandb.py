@@ -8,6 +8,7 @@ from typing import Any
 
 import wandb
 
+from fm_stages.studies.evaluate_memorization import numbers_of
 from fm_stages.studies.evaluate_report import table_of
 from fm_stages.training import choose_wandb_mode
 
@@ -26,6 +27,8 @@ def log_report(report: dict[str, Any], files: Sequence[Path], project: str, out:
     with wandb.init(project=project, job_type="evaluate", dir=out, config=config) as run:
         run.summary.update({f"quality/{name}": value for name, value in report["scores"].items()})
         run.summary.update({f"quality_real/{name}": value for name, value in report["yardstick"].items()})
+        found = numbers_of(report.get("memorization") or {})
+        run.summary.update({f"memorization/{name}": value for name, value in found.items()})
         columns, rows = table_of(report)
         run.log({"quality/table": wandb.Table([column or "number" for column in columns], rows)})
         artifact = wandb.Artifact("evaluation", type="evaluation")

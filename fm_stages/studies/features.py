@@ -5,7 +5,7 @@ An extractor is an ``nn.Module``, given by its class path::
     forward(images)   # uint8 (B, C, H, W), as the data has them -> features (B, F), or a pair: features, logits (B, K)
 
 Resizing, channels and units are its own business. It may have ``check(shape)``, which raises a ValueError for images
-(C, H, W) that it cannot take, and ``record``, plain data that a report says of it.
+(C, H, W) that it cannot take, and ``record``, plain data that a report says of it; its ``warning`` goes to the top.
 """
 
 from __future__ import annotations

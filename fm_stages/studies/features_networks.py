@@ -52,9 +52,12 @@ class InceptionFeatures(nn.Module):
         self.record: dict[str, Any] = {
             "file": str(path),
             "file_sha256": digest,
-            "weights": "as published" if published else "NOT the published ones, by the sha256",
             "input": f"resized to 299x299 (bilinear, as TensorFlow 1), (x - 128) / 128, {GREY}",
         }
+        if not published:
+            self.record["warning"] = (
+                f"{path} is not the published file, by its sha256: no FID by it compares to others."
+            )
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise a ValueError for images that are neither grey nor RGB."""

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
 from fm_stages.data import Digits
 from fm_stages.flow import sample
+from fm_stages.networks import DiT
 from fm_stages.studies import ClassifierFeatures
+from fm_stages.studies.evaluate_memorization import numbers_of
 from fm_stages.studies.features_classifier import Classifier, write_classifier
+from fm_stages.training import CONFIG_KEY
+from tests.data import latent_folders
 from tests.studies.drawn_files import pixels_of
 
 NUM, STEPS = 70, 2
@@ -198,6 +203,82 @@ class TestExtractors:
         assert done.status == 2
         assert complaint in done.err.splitlines()[-1]
         assert not list(Path().rglob("evaluation.*"))
+
+
+class TestMemorization:
+    @pytest.fixture
+    def study(self, command, features):
+        """With the study of memorization, of 30 samples unless told otherwise; the report."""
+
+        def run(*arguments, by=features):
+            done = command("evaluate", "--features", by, "--out", "out", "--num_memorization", 30, *arguments)
+            assert done.status == 0, done.err
+            done.report = json.loads(Path("out/evaluation.json").read_text())
+            return done
+
+        return run
+
+    def test_checkpoint(self, study, ckpt):
+        done = study("--ckpt", ckpt, *DRAW)
+        found = done.report["memorization"]
+        assert found["summaries"]["samples"]["num"] == 30
+        assert (
+            found["summaries"]["memorizer"]["copies"]["value"] > 0.9 > found["summaries"]["samples"]["copies"]["value"]
+        )
+        assert "EMA weights" in found["index"]["of"]
+        assert "## Memorization" in Path("out/evaluation.md").read_text()
+        assert {"closest.png", "memorization_index.png", "memorization.json"} <= {p.name for p in Path("out").iterdir()}
+        assert "closest.png" in done.out
+
+    def test_copies_among_files(self, study, digits):
+        """Every fifth is a training image; there is no network whose index could be measured."""
+        images = torch.cat([digits["held_out"][:24], digits["train"][:6]])[torch.arange(30).view(6, 5).T.flatten()]
+        write_pngs("foreign", images)
+        found = study("--samples", "foreign", "--data", "Digits").report["memorization"]
+        copies = found["summaries"]["samples"]["copies"]["value"]
+        assert copies == pytest.approx(0.2, abs=0.04)
+        assert found["index"] is None
+        assert not Path("out/memorization_index.png").exists()
+
+    def test_black_images_cost_no_other_number(self, study, digits):
+        write_pngs("foreign", torch.zeros(30, 1, 8, 8, dtype=torch.uint8))
+        report = study("--samples", "foreign", "--data", "Digits").report
+        assert report["memorization"]["text"].startswith("not measured: all 30 samples have one value everywhere")
+        assert report["scores"]["fid"] > 0
+
+    def test_latents(self, study, command, write_vae, monkeypatch):
+        """Of drawn ones the latents are measured; of pictures there are none."""
+        monkeypatch.syspath_prepend(Path(__file__).parents[2])
+        path = latent_checkpoint(write_vae)
+        done = study("--ckpt", path, *DRAW, by=f"{HERE}.Sums")
+        assert done.report["reference"]["pixels"] == "decoded from latents by the VAE"
+        assert done.report["memorization"]["summaries"]["samples"]["num"] == 30
+        assert command("sample", "--ckpt", path, "--out", "drawn", *DRAW).status == 0
+        files = study("--samples", "drawn", by=f"{HERE}.Sums").report
+        assert files["memorization"]["text"].startswith("not measured: these are pixels")
+        assert files["scores"]["fid"] == pytest.approx(done.report["scores"]["fid"], rel=0.02)  # rounded otherwise
+
+
+def latent_checkpoint(write_vae) -> Path:
+    """A network of latents 4x6x6, whose VAE makes pictures of 3x24x24."""
+    latent_folders.write_indexed(Path("latents"), ("latents",), num=200)
+    data = {
+        "data_dir": "latents",
+        "flip": False,
+        "val_fraction": 0.4,
+        "vae": str(write_vae(Path("vae"))),
+        "batch_size": 8,
+    }
+    sizes = {"input_size": latent_folders.SHAPE[-1], "patch_size": 3, "in_channels": 4, "hidden_size": 16, "depth": 1}
+    sizes |= {"num_heads": 2, "num_classes": 3}
+    torch.manual_seed(0)
+    state = {f"network.{name}": weight for name, weight in DiT(**sizes).state_dict().items()}
+    config = {
+        "model": {"network": {"class_path": "fm_stages.networks.DiT", "init_args": sizes}},
+        "data": {"class_path": "fm_stages.data.Latents", "init_args": data},
+    }
+    torch.save({"state_dict": state, "global_step": 3, CONFIG_KEY: yaml.safe_dump(config)}, "latents.ckpt")
+    return Path("latents.ckpt")
 
 
 class TestFiles:
@@ -431,17 +512,24 @@ def check_ranks(found, evaluate, calls, num_ranks, features):
                     assert report[kind][name] == pytest.approx(value, rel=1e-6, abs=1e-9), (num_ranks, name)
             assert report["classes"] == alone["classes"]
             assert report["samples"] == alone["samples"]
+            if found := alone.get("memorization"):
+                own = numbers_of(report["memorization"])
+                assert own == pytest.approx(numbers_of(found), rel=1e-3)
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_find_what_one_finds(launch, tmp_path, evaluate, ckpt, features, digits, num_ranks):
-    """Drawn images, and files of which two cannot be read, over more ranks than batches; then two that fail on one."""
+    """Drawn images, files of which one cannot be read, and files of which a rank meets a wrong one."""
     write_pngs("foreign", digits["train"][:20])
     Path("foreign/000007.png").write_text("no image")
     write_pngs("sizes", digits["train"][:40])
     Image.fromarray(np.zeros((9, 8), np.uint8)).save("sizes/000020.png")  # which rank 1 meets
     foreign, sizes = ("--samples", Path("foreign").absolute()), ("--samples", Path("sizes").absolute())
-    calls = [["--ckpt", ckpt, *DRAW], [*foreign, "--data", "Digits"], [*sizes, "--data", "Digits"]]
+    calls = [
+        ["--ckpt", ckpt, *DRAW, "--num_memorization", 20],
+        [*foreign, "--data", "Digits"],
+        [*sizes, "--data", "Digits"],
+    ]
     found = on_ranks(launch, tmp_path, ckpt, features, num_ranks, calls)
     check_ranks(found, evaluate, calls, num_ranks, features)
     assert found[0][1]["samples"]["num"] == 19
