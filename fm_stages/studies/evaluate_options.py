@@ -29,11 +29,12 @@ def evaluate_parser(purpose: str) -> ArgumentParser:
         "--samples", type=str | None, default=None, metavar="PLACE",
         help="in the place of --ckpt: a folder of fm-stages sample, an .npz, or a folder of images",
     )  # fmt: skip
-    option(
+    features = option(
         "--features", type=nn.Module, required=True,
         help="extractor: the file of fm-stages features, or the class path of any nn.Module, as InceptionFeatures, "
         "DinoFeatures (--features.weights FILE --features.sha256 DIGITS)",
     )  # fmt: skip
+    vars(features)["extra_help"] = str  # else the help lists every module of torch that there is
     option("--data", type=str | None, default=None, help="config, checkpoint or class path of the real images; "
            "default: those that the checkpoint was trained on")  # fmt: skip
     option("--reference", choices=SPLITS, default="held_out", help="real images to compare with; default: %(default)s")

@@ -390,6 +390,12 @@ class TestMistakes:
         assert complaint in done.err
         assert not list(Path().iterdir())
 
+    def test_help_is_short(self, command):
+        done = command("evaluate", "--help")
+        assert done.status == 0
+        assert "--guidance_interval LO HI" in done.out
+        assert len(done.out) < 8000
+
     def test_no_extractor(self, command, ckpt):
         done = command("evaluate", "--ckpt", ckpt)
         assert (done.status, done.err.count("\n")) == (2, 1)
