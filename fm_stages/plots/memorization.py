@@ -49,7 +49,8 @@ def closest_pairs(kinds: Mapping[str, Mapping[str, Any]], threshold: float) -> F
     for place, (name, kind) in enumerate(kinds.items()):
         _block(axes, place * (block + BETWEEN), name, kind, threshold)
     note = next(iter(kinds.values()))["note"]
-    about = f"under each picture its distance to the leftmost (RMS per value); framed: a copy, ratio < {threshold:.2f}"
+    about = "each training image once; under pictures their distance to the image (RMS per value); "
+    about += f"framed: a copy, ratio < {threshold:.2f}"
     axes.text(width / 2 - 0.2, rows * HIGH + 0.25, about + note, ha="center", va="center", fontsize=7.5, color="0.35")
     return figure
 
@@ -102,13 +103,14 @@ def memorization_index(curves: Mapping[str, Any], references: Collection[str]) -
         upper.plot(t, r, color=colour, ls=line, lw=1.2 if is_reference else 2, marker=".", label=stages)
         upper.fill_between(t, r - 2 * sem, r + 2 * sem, color=colour, alpha=0.15, lw=0)
     upper.axhline(0, color="0.6", lw=0.8, zorder=-1)
-    upper.set_ylim(-0.5, 1.1)
+    shown = [x for own in curves["of"].values() for x in own["r"] if x is not None and math.isfinite(x)]
+    upper.set_ylim(max(-0.5, min([0.0, *shown]) - 0.1), 1.1)
     upper.set_ylabel("memorization index r\n(0: knows nothing, 1: oracle of T)")
     title = "navigation | refinement, each as one number"
     figure.legend(fontsize=8, loc="outside lower center", ncols=2, title=title, title_fontsize=8)
     lower.plot(t, curves["difference"], color="#253237", marker=".")
     lower.set_ylabel("T and H differ by\n(RMS per value)")
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.15 * max(curves["difference"]))
     lower.set_xlabel("t   (0 = noise, 1 = data)")
     lower.set_xlim(0, 1)
     lower.axvspan(0, curves["boundary"], color="0.93", zorder=-2)

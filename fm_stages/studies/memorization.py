@@ -224,12 +224,16 @@ def _calibration(
 def _pairs(
     references: References, data: TrainingData, images: Tensor, index: Tensor, found: Closest, job: Job
 ) -> dict[str, Any] | None:
-    """Plain data of the images with the smallest ratios, and of what is nearest to them; None for no pictures.
+    """Plain data of the images with the smallest ratios, one for each training image; None for rows without pictures.
 
     Every rank calls this: the images may be another's.
     """
     shown = pictures_of(references.whole, data)
-    chosen = found.ratio.argsort(stable=True)[:NUM_SHOWN]
+    order = found.ratio.argsort(stable=True)
+    first: dict[int, int] = {}  # a training image that many samples repeat is shown once
+    for place, row in zip(order.tolist(), found.nearest_row[order].tolist(), strict=True):
+        first.setdefault(row, place)
+    chosen = torch.tensor(list(first.values())[:NUM_SHOWN])
     wanted = found.index[chosen].tolist()
     own = {number: images[place].float().cpu() for place, number in enumerate(index.tolist()) if number in wanted}
     everyone = {number: image for part in gather_objects(own, job.group) for number, image in part.items()}

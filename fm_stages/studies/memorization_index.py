@@ -8,7 +8,8 @@ It is 1 where v is the oracle velocity of T, -1 where it is that of H, and 0 on 
 of H. It says how far v lies along the way from u*_H to u*_T: it is 2 <v - (u*_T + u*_H) / 2, u*_T - u*_H> /
 ||u*_T - u*_H||^2. A training set larger than T holds other images as well, so that the oracle of all of it, the
 memorizer, is below 1, at about the share of the training set that T is: a network's index is to be read beside the
-memorizer's.
+memorizer's. The Wiener velocity is near 0 where training images are many; mean and covariance of a few hundred tell
+something of just these, too.
 
 Numbers are sums in units of the data: any velocity v is a prediction of the data, m = (v - B_t x_t) / A_t, and
 velocities differ by A_t times what their predictions do, which diverges at t = 1. So r(t) of a bin is a ratio of means

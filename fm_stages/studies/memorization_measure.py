@@ -185,7 +185,9 @@ class Share:
         """Of those that count (n,) float, bool, or a half for ties."""
         n, p, z = len(counted), counted.double().mean().item(), 1.959964
         centre, spread = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        return cls(p, max(0.0, (centre - spread) / (1 + z**2 / n)), min(1.0, (centre + spread) / (1 + z**2 / n)))
+        return cls(
+            p, max(0.0, (centre - spread) / (1 + z**2 / n)) if p else 0.0, min(1.0, (centre + spread) / (1 + z**2 / n))
+        )
 
 
 def nearer(first: Tensor, second: Tensor) -> Tensor:
