@@ -39,11 +39,11 @@ def idx(values: np.ndarray) -> bytes:
 
 @pytest.fixture
 def small_data(tmp_path, monkeypatch) -> None:
-    """Twelve training and four held-out images of each data set, in torchvision's layout; labels 0 to 9 occur."""
+    """Some training and four held-out images of each data set, in torchvision's layout; labels 0 to 9 occur."""
     generator = np.random.default_rng(0)
     raw = tmp_path / "data/FashionMNIST/raw"
     raw.mkdir(parents=True)
-    for name, num in (("train", 12), ("t10k", 4)):
+    for name, num in (("train", 100), ("t10k", 4)):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(idx(generator.integers(0, 256, (num, 28, 28))))
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(idx(np.arange(num) % 10))
     folder = tmp_path / "data/cifar-10-batches-py"

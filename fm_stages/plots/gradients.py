@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fm_stages.plots.style import shade_stages
+from fm_stages.plots.style import plain_log_ticks, shade_stages
 
 COLOURS = {"regular": "#253237", "oracle": "#c1440e", "mean": "#9db4c0"}
 
@@ -58,9 +57,7 @@ def gradient_variance(
         axes.set_xlim(0, 1)
         axes.set_xlabel("t   (0 = noise, 1 = data)")
         axes.legend(loc="best", fontsize=8)
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    right.yaxis.set_minor_formatter(NullFormatter())  # of powers of ten
+        plain_log_ticks(axes.yaxis)
     figure.suptitle(title)
     return figure
 

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from fm_stages.plots.style import plain_log_ticks
 
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Times that are written beside the bins, which are even in logit(t)."""
@@ -53,7 +54,7 @@ def regular_over_steps(
 ) -> Figure:
     """Training and held-out regular loss by t over the steps, and how many times as large the held-out one is.
 
-    Where the two are within two standard errors of one another the ratio is white.
+    Where the two are within two standard errors of one another, or there is no such error, the ratio is white.
 
     Args:
         steps: (S,) of the validations.
@@ -116,10 +117,7 @@ def _decorate(axes: Axes, edges: Sequence[float], boundary: float) -> None:
 def _bar(figure: Figure, mesh: QuadMesh, axes: list[Axes], label: str) -> None:
     """A colour bar with plain numbers."""
     bar = figure.colorbar(mesh, ax=axes, label=label, pad=0.05)
-    low, high = bar.ax.get_ylim()
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_log_ticks(bar.ax.yaxis)
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

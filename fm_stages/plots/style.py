@@ -9,7 +9,16 @@ import matplotlib
 matplotlib.use("Agg", force=False)  # training machines have no screen; a notebook's own choice stays
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+TICKS = {
+    10: (1, 2, 5),
+    3: (1, 1.5, 2, 3, 5, 7),
+    1: (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+}
+"""Ticks in each power of ten, by the ratio of the axis's ends from which on they are few enough."""
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -17,6 +26,14 @@ def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Write plain numbers on a logarithmic axis whose limits are set, some of them however short it is."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=next(subs for ratio, subs in TICKS.items() if high >= ratio * low)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())  # of powers of ten
 
 
 def shade_stages(axes: Axes, boundary: float) -> None:

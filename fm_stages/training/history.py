@@ -11,6 +11,9 @@ from fm_stages.oracle import Curves
 MOST = 512
 """Rows that are kept: more than a figure can show, few enough for a checkpoint."""
 
+FEW = 8
+"""Samples in a bin below which their scatter does not say how far the mean is off."""
+
 Table = tuple[list[str], list[list[float]]]
 """Columns and rows."""
 
@@ -63,10 +66,14 @@ class History:
         return [row[name].mean[self.quantity] if name in row else none for row in self.rows]
 
     def error_between(self, one: str, other: str) -> list[list[float]]:
-        """Standard errors of the difference of two series at each step, by bin: (S, K); NaN where there is none."""
+        """Standard errors of the difference of two series at each step, by bin: (S, K); NaN below `FEW` samples."""
         none = [math.nan] * (len(self.edges) - 1)
-        errors = [[row[name].sem[self.quantity] if name in row else none for name in (one, other)] for row in self.rows]
-        return [[math.hypot(a, b) for a, b in zip(*pair, strict=True)] for pair in errors]
+        pairs = [[self._errors(row[name]) if name in row else none for name in (one, other)] for row in self.rows]
+        return [[math.hypot(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+
+    def _errors(self, curves: Curves) -> list[float]:
+        errors = zip(curves.count, curves.sem[self.quantity], strict=True)
+        return [math.nan if count < FEW else error for count, error in errors]
 
     def average(self, name: str, lo: float, hi: float) -> tuple[list[float], list[float]]:
         """A series' averages over uniform t in [lo, hi] at each step (S,), and their standard errors."""

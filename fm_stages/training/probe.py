@@ -29,7 +29,8 @@ def measure_probe(
         pl_module: whose weights are measured.
         oracle: of the training set, whose bank and path are meant.
         edges: of the timestep bins.
-        num_images: of the probe over all ranks, the same on each; as many as there are if that is less.
+        num_images: of the probe over all ranks, the same on each. If there are fewer, they come in turns, each time
+            under another noise.
         num_batches: calls of each rank; fewer where there would not be an image for each.
 
     Returns:
@@ -38,12 +39,11 @@ def measure_probe(
     """
     predict = getattr(pl_module, "predict_fixed", None)
     bank, ranks = oracle.bank, trainer.world_size
-    num = min(num_images, bank.num_rows)
-    if predict is None or num < ranks:
+    if predict is None or num_images < ranks:
         return {}
     sums = {suffix: TimestepCurves(("regular",), edges).to(pl_module.device) for suffix in SUFFIXES}
     seen: set[str] = set()
-    parts = torch.arange(num).tensor_split(min(num_batches, num // ranks) * ranks)
+    parts = torch.arange(num_images).tensor_split(min(num_batches, num_images // ranks) * ranks)
     for position in parts[trainer.global_rank :: ranks]:
         with trainer.precision_plugin.val_step_context():
             outputs = predict(_batch(bank, position, pl_module.device))
@@ -58,7 +58,7 @@ def measure_probe(
 
 def _batch(bank: DataBank | GaussianMixtureBank, position: Tensor, device: torch.device) -> dict[str, Tensor]:
     """Training images at places (B,) of the probe: the same ones whatever its size, the weights and the ranks are."""
-    index = torch.randperm(bank.num_rows, generator=keyed_generator("probe"))[position]
+    index = torch.randperm(bank.num_rows, generator=keyed_generator("probe"))[position % bank.num_rows]
     if isinstance(bank, GaussianMixtureBank):  # a row is a distribution; of each one draw, always the same
         mean, std = bank.moments_of(index).unbind(1)
         x1 = mean + std * keyed_normal(("probe draw",), position, tuple(mean.shape[1:])).to(mean)

@@ -45,3 +45,12 @@ def test_what_is_missing_is_left_out(oracle, tmp_path):
     assert np.isfinite(shown).all()
     assert len(shown) == sum(v > 0 for v in oracle)
     plots.save(figure, tmp_path / "figure.png")
+
+
+def test_a_ratio_near_one_has_numbers_on_its_axis(tmp_path):
+    figure = plots.gradient_variance(EDGES, [1.3, 1.2, 1.05, 1.0], [1.0] * 4, 0.4)
+    plots.save(figure, tmp_path / "figure.png")  # which makes the ticks
+    right = figure.axes[1]
+    low, high = right.get_ylim()
+    written = [text.get_text() for text in right.get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert {"1", "1.1", "1.2"} <= set(written)

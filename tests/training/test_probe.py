@@ -76,6 +76,18 @@ class TestNumbers:
         )
         assert other == pytest.approx(one, rel=1e-6)
 
+    def test_a_small_training_set_is_measured_in_turns_under_other_noise(self, make_module, make_data, make_trainer):
+        module, data = make_module(), make_data()
+        seen = Probed(module)
+        found = measure_probe(
+            make_trainer(), module, oracle_of(data.bank(), module.path), timestep_bins(), 150, num_batches=4
+        )
+        assert sum(found[""].count) == 150
+        x1, x0, t = (torch.cat([part[name] for part in seen.batches]) for name in ("x1", "x0", "t"))
+        assert torch.equal(x1[60:120], x1[:60])
+        assert len(x1.flatten(1).unique(dim=0)) == 60
+        assert len(x0.flatten(1).unique(dim=0)) == len(t.unique()) == 150
+
     def test_a_bank_of_distributions_gives_the_same_draws_each_time(self, make_module, make_data, make_trainer):
         data, module = make_data(), make_module()
         x1, labels = (f(torch.arange(60)) for f in (data.bank().rows, data.bank().labels_of))
