@@ -50,7 +50,7 @@ class TimedMonitor(OracleMonitor):
         self.bar = bar
         self.setup_sec: dict[str, float] = {}
         self.held_out_sec = 0.0
-        self.windows: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.timed: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._stamp: float | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -70,7 +70,7 @@ class TimedMonitor(OracleMonitor):
             self.setup_sec["checks of the first batch"] = now - before
         else:
             window, place = divmod(trainer.global_step - 1, self.every_n_steps * self.window)
-            seen = self.windows[window]
+            seen = self.timed[window]
             if self.train is not logged:
                 seen["logged"].append(now - before)
             elif (place + 1) % self.every_n_steps == 0:
@@ -143,15 +143,16 @@ def short(config: str, overrides: list[str], rounds: int) -> None:
         cli = from_config(config, overrides, settings, folder)
         model, data, trainer = parts(cli)
         cadence = cli.config.monitor
-        monitor = TimedMonitor(bar, every_n_steps=EVERY, window=WINDOW, num_bins=cadence.num_bins)
+        settings = {"num_bins": cadence.num_bins, "num_probe": cadence.num_probe}
+        monitor = TimedMonitor(bar, every_n_steps=EVERY, window=WINDOW, **settings)
         trainer.callbacks.append(monitor)
         trainer.fit(model, datamodule=data)
         logged = _logged_shares(Path(folder))
         device, num_val = model.device, trainer.num_val_batches[0]
 
     every, window = cadence.every_n_steps, cadence.window
-    num_warm = monitor.windows.pop(0)
-    medians = [{name: statistics.median(x) for name, x in w.items()} for w in monitor.windows.values()]
+    num_warm = monitor.timed.pop(0)
+    medians = [{name: statistics.median(x) for name, x in w.items()} for w in monitor.timed.values()]
     step = [m["step"] for m in medians]
     measurement = [m["measured"] / m["step"] for m in medians]
     logging = [(m["logged"] - m["measured"]) / m["step"] for m in medians]
@@ -181,8 +182,8 @@ def short(config: str, overrides: list[str], rounds: int) -> None:
     held_out = monitor.held_out_sec / median_step
     print(f"\nOnce in a run: {', '.join(f'{name} {sec:.1f} s' for name, sec in monitor.setup_sec.items())}", end="")
     print(f", first window's logging {num_warm['logged'][0]:.1f} s.")
-    probe = f"and its probe of {sum(monitor.probe[''].count)} training images" if monitor.probe else ""
-    print(f"A validation of {num_val} batches takes {held_out:.1f} steps longer with the monitor {probe}", end="")
+    probe = f" and its probe of {sum(monitor.probe[''].count)} training images" if monitor.probe else ""
+    print(f"A validation of {num_val} batches takes {held_out:.1f} steps longer with the monitor{probe}", end="")
     print(f": {100 * held_out / 1000:.2f} % of training time where there is one in 1000 steps.")
 
 
