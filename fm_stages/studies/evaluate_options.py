@@ -101,12 +101,19 @@ def out_folder(options: Namespace, settings: dict[str, Any]) -> Path:
         return Path(options.out)
     if options.samples:
         place = Path(options.samples).absolute()
-        return (
-            place / "evaluation" if (place / "sampling.json").is_file() else place.with_name(f"{place.stem}_evaluation")
-        )
+        if (place / "sampling.json").is_file():
+            return place / "evaluation"
+        return place.with_name(f"{place.name if place.is_dir() else place.stem}_evaluation")
     file = Path(options.ckpt or options.expert[0]).absolute()
     run = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     steps = settings["num_steps"] or settings["tolerance"]
-    words = [f"step_{settings['step']}", settings["weights"], f"{settings['solver']}_{steps}", f"num_{options.num}"]
+    words = [f"step_{_joined(settings['step'])}", _joined(settings["weights"]), f"{settings['solver']}_{steps}"]
+    words += [f"num_{options.num}"]
     words += [f"guidance_{settings['guidance_scale']:g}"] if settings["guidance_scale"] != 1 else []
-    return run / "evaluation" / "_".join("+".join(map(str, w)) if isinstance(w, list) else str(w) for w in words)
+    words += [options.features.class_path.rpartition(".")[2]]
+    return run / "evaluation" / "_".join(words)
+
+
+def _joined(value: Any) -> str:
+    """A value, or those of two networks."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)

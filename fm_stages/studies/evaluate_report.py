@@ -25,7 +25,7 @@ ROWS = (
     (
         "memorization_distance",
         "distance",
-        "mean cosine distance of a training image to the nearest; small where they are repeated",
+        "mean cosine distance of a training image to the nearest; above 0.1 it counts as 1",
     ),
 )
 """Key, name and meaning of each number."""
@@ -164,6 +164,8 @@ def _statements(report: dict[str, Any]) -> dict[str, str]:
     place = samples.get("folder") or samples.get("file")
     names = {name: name for name in STATED[1:]} | {"precision": "arithmetic"}  # which is a number of the table
     drawn = ", ".join(f"{name} {_plain(samples[key])}" for key, name in names.items() if samples[key] is not None)
+    if all(samples[key] == UNKNOWN for key in names):
+        drawn = f"{UNKNOWN}, the files do not say: {', '.join(names.values())}"
     return {
         "samples": f"{samples['num']}{f' in {place}' if place else ''}, checkpoint {_plain(samples['checkpoint'])}",
         "drawn with": drawn + (", no guidance" if samples["guidance_scale"] == 1 else ""),

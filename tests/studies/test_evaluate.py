@@ -134,7 +134,15 @@ class TestCheckpoint:
         path = write_checkpoint(Path("run/checkpoints/last.ckpt"))
         done = command("evaluate", "--ckpt", path, "--features", features, *DRAW, "--num_memorization", 0)
         assert done.status == 0, done.err
-        assert Path("run/evaluation/step_7_ema_euler_2_num_70/evaluation.json").is_file()
+        assert Path("run/evaluation/step_7_ema_euler_2_num_70_ClassifierFeatures/evaluation.json").is_file()
+
+    def test_experts(self, command, ckpt, features):
+        both = ("--expert", ckpt, "--expert", ckpt, "--split", 0.4)
+        done = command("evaluate", *both, "--features", features, *DRAW, "--num_memorization", 0, "--solver", "heun")
+        assert done.status == 0, done.err
+        folder = ckpt.parent.parent / "evaluation/step_7+7_ema+ema_heun_2_num_70_ClassifierFeatures"
+        samples = json.loads((folder / "evaluation.json").read_text())["samples"]
+        assert (samples["checkpoint"], samples["split"], samples["solver"]) == ([str(ckpt)] * 2, 0.4, "heun")
 
     def test_without_torch_fidelity(self, evaluate, ckpt, monkeypatch):
         """As its import fails; FID and MIFID are there all the same."""
@@ -311,7 +319,7 @@ class TestFiles:
             "unknown"
         }
         assert done.report["classes"]["samples"] is None
-        assert "weights unknown" in done.out
+        assert "drawn with: unknown, the files do not say: step, weights, weights_digest, solver" in done.out
 
     def test_class_folders_and_colours_that_are_grey(self, evaluate, digits):
         for label in (0, 3):
