@@ -165,6 +165,27 @@ class WholePath:
         fine = len(files) == self.num and kinds == {("RGB", SIDE, SIDE)}
         self.check("all are drawn and can be read", fine, f"{len(files)} of {kinds}")
 
+    def evaluate(self) -> None:
+        """Of the checkpoint on two ranks and on one, and of the drawn files: the same pictures, so the same numbers."""
+        features = self.folder / "features.safetensors"
+        pictures = ("--data", "ImageFolder", "--data.data_dir", self.images / "train", "--data.image_size", SIDE)
+        self.call("features", *pictures, "--num_epochs", 2, "--out", features, ranks=1)
+        num, found = min(self.num, 2000), {}
+        own = ("--ckpt", self.run / "checkpoints" / "last.ckpt", "--num_steps", 10)
+        for name, ranks, place in (("two", 2, own), ("one", 1, own), ("files", 1, ("--samples", self.out))):
+            out = self.folder / f"evaluation_{name}"
+            words = ("--num", num, "--num_memorization", 200, "--batch_size", 256, "--out", out)
+            self.call("evaluate", *place, "--features", features, *words, ranks=ranks)
+            found[name] = json.loads((out / "evaluation.json").read_text())
+        fids = {name: report["scores"]["fid"] for name, report in found.items()}
+        for other, limit in (("one", 1e-6), ("files", 1e-2)):
+            away = abs(fids[other] / fids["two"] - 1)
+            self.check(f"FID of {other} as of two", away < limit, f"{fids[other]:.5f}, relative difference {away:.1e}")
+        yardstick = found["two"]["yardstick"]["fid"]
+        self.check("real pictures are nearer than drawn ones", yardstick < fids["two"], f"{yardstick:.3f}")
+        copies = {name: one["copies"]["value"] for name, one in found["two"]["memorization"]["summaries"].items()}
+        self.check("the memorizer copies, others do not", copies["memorizer"] > 0.9 > 0.1 > copies["fresh"], copies)
+
     def close(self) -> int:
         """The last line; the status to end with."""
         print(f"{self.passed} passed, {self.failed} failed")
@@ -194,7 +215,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = WholePath(folder.resolve(), math.ceil(options.num / 200) * 200)
     start = time.monotonic()
-    for stage in (path.make, path.encode, path.profile, path.fit, path.sample):
+    for stage in (path.make, path.encode, path.profile, path.fit, path.sample, path.evaluate):
         began = time.monotonic()
         stage()
         print(f"{stage.__name__}: {time.monotonic() - began:.0f} s", flush=True)
