@@ -41,6 +41,9 @@ CONFIG = "configs/digits_dit.yaml"
 FEW = 128
 """Training images of the overfit case."""
 
+SHORTER = ("--trainer.max_steps", 700)
+"""Half of the demo is enough to see these faults."""
+
 GUIDANCE = 1, 4
 """Guidance scales of the drawn digits; 1 is none."""
 
@@ -134,7 +137,7 @@ def overfit(out: Path) -> None:
 def scale(out: Path) -> None:
     """Data too large; the profile says so before any training."""
     command("profile", "--data", "reading_guide.UnscaledDigits", "--out", out / "scale/profile")
-    fit(out / "scale", "--data", "reading_guide.UnscaledDigits")
+    fit(out / "scale", "--data", "reading_guide.UnscaledDigits", *SHORTER)
     diagnose(last(out / "scale"), out / "scale")
 
 
@@ -162,7 +165,7 @@ def time(out: Path) -> None:
 def null(out: Path) -> None:
     """A network that always saw the label, in a file which does not tell, beside the healthy one: gap and guidance."""
     folder = out / "null"
-    fit(folder, "--model.label_dropout", 0)
+    fit(folder, "--model.label_dropout", 0, *SHORTER)
     imported = imported_plainly(last(folder), folder)
     diagnose(imported, folder, "--data", "Digits")
     checkpoint, module, data = load_run(imported, "fm_stages.data.Digits")
@@ -202,27 +205,26 @@ PANELS = {
 
 def draw(out: Path, pictures: Path) -> None:
     """Collect the pictures that the runs left, and draw all gaps in one figure."""
-    pictures.mkdir(parents=True, exist_ok=True)
-    for name, source in {
+    plots.save(overview(out), out / "overview.png")
+    plots.save(grids(out / "null"), out / "null/grids.png")
+    sources = {
+        "overview": "overview.png",
         "healthy": "healthy/diagnose/ema/gap_by_t.png",
         "healthy_steps": "healthy/oracle/gap_over_steps.png",
         "underfit": "underfit/diagnose/ema/gap_by_t.png",
         "overfit": "overfit/memorization/regular_by_stage.png",
-        "overfit_gap": "overfit/diagnose/ema/gap_by_t.png",
         "scale": "scale/diagnose/ema/gap_by_t.png",
         "time": "time/wrong/diagnose/raw/gap_by_t.png",
-    }.items():
-        shrunk(Image.open(out / source)).save(pictures / f"{name}.png", optimize=True)
-    strip = Image.open(out / "time/wrong/diagnose/raw/predictions.png")
-    two_draws = strip.crop((0, 0, strip.width, round(0.54 * strip.height)))
-    shrunk(two_draws).save(pictures / "time_predictions.png", optimize=True)
-    plots.save(grids(out / "null"), pictures / "null.png")
-    plots.save(overview(out), pictures / "overview.png")
-
-
-def shrunk(picture: Image.Image) -> Image.Image:
-    """With 256 colours, which plots do not exceed by much: a third of the bytes."""
-    return picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        "time_predictions": "time/wrong/diagnose/raw/predictions.png",
+        "null": "null/grids.png",
+    }
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, source in sources.items():
+        picture = Image.open(out / source).convert("RGB")
+        if name == "time_predictions":  # two draws of four
+            picture = picture.crop((0, 0, picture.width, round(0.54 * picture.height)))
+        # 256 colours, which plots hardly exceed, take a third of the bytes
+        picture.quantize(256, dither=Image.Dither.NONE).save(pictures / f"{name}.png", optimize=True)
 
 
 def grids(folder: Path) -> Figure:
