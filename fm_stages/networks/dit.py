@@ -140,7 +140,7 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | RmsNormFp32):
                 module.reset_parameters()
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        self.y_embedder.reset()
         num_tokens, hidden_size = self.pos_embed.shape[1:]
         self.pos_embed.copy_(grid_positions(math.isqrt(num_tokens), hidden_size))
         if self.feat_rope is not None:

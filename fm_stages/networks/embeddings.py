@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 TIME_FEATURES = 256
 MAX_PERIOD = 10_000.0
+INITIAL_STD = 0.02
+"""Of the label table's weights before training, here as in DiT, SiT, REPA and LightningDiT."""
 
 
 def time_frequencies(device: torch.device | None = None) -> Tensor:
@@ -71,6 +73,23 @@ class LabelEmbedding(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def reset(self) -> None:
+        """Draw the table anew."""
+        nn.init.normal_(self.embedding_table.weight, std=INITIAL_STD)
+
+    @property
+    def null_is_untrained(self) -> bool:
+        """Whether the null class's row is no larger than it was drawn, while most rows of classes have grown.
+
+        A row that no sample has asked for gets no gradient, and weight decay can only make it smaller. Early in a
+        training a row that is asked for can still be as small; then classes have not grown by much either.
+        """
+        if self.num_classes == 0:
+            return False
+        size = self.embedding_table.weight.detach().float().square().mean(1).sqrt()  # (num_classes + 1,)
+        drawn = INITIAL_STD * (1 + 4 / math.sqrt(2 * self.embedding_table.embedding_dim))  # and 4 standard deviations
+        return bool(size[-1] < drawn and size[:-1].median() > 4 * drawn)
 
     def forward(self, y: Tensor) -> Tensor:
         valid = (y >= 0) & (y < self.num_classes)

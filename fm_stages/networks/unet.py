@@ -112,7 +112,7 @@ class UNet(nn.Module):
         for module in self.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        self.y_embedder.reset()
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
 

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fm_stages import plots
 from fm_stages.data import TrainingData, pictures_of
+from fm_stages.networks import LabelEmbedding
 from fm_stages.oracle import Curves, StageProfile, oracle_of
 from fm_stages.studies.diagnose_measure import diagnose
 from fm_stages.studies.diagnose_several import compare_checkpoints, load_checkpoints
@@ -119,10 +120,11 @@ def _by_label(module: FlowMatching, data: TrainingData, profile: StageProfile, o
         gap, error = curves.average("gap", 0, b), curves.average_sem("gap", 0, b)
         part = "" if math.isnan(shares[-1]) else f", {shares[-1]:.0%} closed"
         lines.append(f"  {kind:22} gap {gap:.4f} ± {error:.4f}{part}")
-    if shares[1] < 0 < shares[0]:
+    tables = [part for part in module.network.modules() if isinstance(part, LabelEmbedding)]
+    if any(table.null_is_untrained for table in tables):
         lines.append(
-            "  Without label the network is worse than the best linear model, with it better: its null label looks as "
-            "if it was never trained. Guidance needs both; do not use it with these weights."
+            "  The null label's weights are as large as they were drawn, those of the classes have grown: it was never "
+            "trained. Guidance needs it; do not use it with these weights."
         )
     return "\n".join(lines)
 

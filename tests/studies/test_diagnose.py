@@ -1,6 +1,5 @@
 """What the command of a checkpoint leaves: numbers and pictures of both weights, for the same draws."""
 
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,24 +39,35 @@ def test_both_weights_have_their_pictures(command, write_checkpoint, random_netw
             np.testing.assert_allclose(predicted[name][0, column], (x + (1 - time) * v)[0, 0], atol=1e-4)
 
 
-def test_a_null_label_that_was_never_trained_is_told(command, tmp_path, monkeypatch):
-    """Gaps that say: with label better than the linear model, without it worse; and the other way round."""
+def test_a_null_label_that_was_never_trained_is_told(command, write_checkpoint, tmp_path):
+    """By the size of its weights: without label a network can be far from its oracle for other reasons."""
+    file = write_checkpoint(tmp_path / "run/checkpoints/last.ckpt", ema=False)
+    checkpoint = torch.load(file, weights_only=True)
+    table = checkpoint["state_dict"]["network.y_embedder.embedding_table.weight"]
+    for size, told in ((0.3, False), (0.02, True)):
+        table[-1] *= size / table[-1].square().mean().sqrt()
+        torch.save(checkpoint, file)
+        done = command("diagnose", "--ckpt", file, "--num_samples", "64")
+        assert done.status == 0, done.err
+        assert "with its own label     gap" in done.out
+        assert "without label (null)   gap" in done.out
+        assert ("it was never trained" in done.out) == told
+
+
+def test_gaps_with_and_without_label_are_those_of_such_inputs(monkeypatch):
     asked = []
 
-    def measured(train: float, module, network, data, num, seed, profile, progress, label_dropout):
+    def measured(module, network, data, num, seed, profile, progress, label_dropout):
         asked.append((num, label_dropout))
-        gap = 3.0 if label_dropout == 1 else train
+        gap = 3.0 if label_dropout == 1 else 0.25
         return Curves([0, 0.5, 1.0], [9, 9], {"gap": [gap] * 2, "wiener": [1.0] * 2}, {"gap": [0.25] * 2}), None, None
 
-    options = Namespace(num_samples=100, seed=0)
-    profile = SimpleNamespace(boundary=0.5)
-    for train, told in ((0.25, True), (2.0, False)):
-        monkeypatch.setattr(diagnosing, "diagnose", partial(measured, train))
-        text = diagnosing._by_label(SimpleNamespace(network=None), None, profile, options)
-        assert f"with its own label     gap {train:.4f} ± 0.2500" in text
-        assert "without label (null)   gap 3.0000 ± 0.2500, -200% closed" in text
-        assert ("never trained" in text) == told
-    assert asked == [(100, 0.0), (100, 1.0)] * 2
+    monkeypatch.setattr(diagnosing, "diagnose", measured)
+    module, profile = SimpleNamespace(network=torch.nn.Identity()), SimpleNamespace(boundary=0.5)
+    text = diagnosing._by_label(module, None, profile, Namespace(num_samples=100, seed=0))
+    assert "with its own label     gap 0.2500 ± 0.2500, 75% closed" in text
+    assert "without label (null)   gap 3.0000 ± 0.2500, -200% closed" in text
+    assert asked == [(100, 0.0), (100, 1.0)]
 
 
 def test_one_kind_of_weights_can_be_asked_for(command, write_checkpoint, tmp_path):
