@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import matplotlib
@@ -22,9 +23,17 @@ TICKS = {
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, making its folder; returns the path."""
+    """Write a figure as PNG, making its folder; returns the path.
+
+    Where there is one already, it stays until the new one is whole: a run may be killed at any time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, dpi=110, format="png")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 

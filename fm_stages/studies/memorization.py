@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from fm_stages import plots
-from fm_stages.data import TrainingData, pictures_of
+from fm_stages.data import TrainingData, pictures_of, whole_file
 from fm_stages.flow import LinearPath
-from fm_stages.oracle import Oracle, StageProfile, Wiener, gather_objects, together
+from fm_stages.oracle import DataBank, Oracle, StageProfile, Wiener, gather_objects, together
 from fm_stages.studies.memorization_calibration import draw_calibration
 from fm_stages.studies.memorization_index import MEMORIZER, OWN, WIENER, IndexCurves, memorization_index
-from fm_stages.studies.memorization_measure import MEMORIZED, Closest, Summary, measure
+from fm_stages.studies.memorization_measure import MEMORIZED, Closest, Summary, measure, nearest_sources
 from fm_stages.studies.memorization_references import NotMeasured, References
 from fm_stages.studies.memorization_text import table
 from fm_stages.studies.ranks import Job
@@ -115,8 +115,8 @@ def study_memorization(
         What was found.
 
     Raises:
-        NotMeasured: a ValueError, if these data do not allow it (distributions as rows, too few held-out images); its
-            message is one sentence for a report.
+        NotMeasured: a ValueError, if these data do not allow it (distributions as rows, too few held-out images,
+            training images that are all equal); its message is one sentence for a report.
         ValueError: if samples are no finite images like the training images, or there are none, or a number is out of
             range; on every rank.
     """
@@ -130,6 +130,7 @@ def study_memorization(
             )
         references = References.of(data, seed, device)
         _check_samples(samples, references)
+        _check_sources(references.whole, data.flip)
     bank, path = references.whole, module.path if module else LinearPath()
     sizes = [len(own) for own in gather_objects(torch.arange(len(samples)), job.group)]
     if not sum(sizes):
@@ -184,6 +185,16 @@ def _check_samples(samples: Tensor, references: References) -> None:
         raise ValueError(
             f"{len(wrong)} of {len(samples)} samples hold NaN or infinity, the first is number {int(wrong[0])}: the "
             "network diverged, or the files are damaged; leave them out"
+        )
+
+
+def _check_sources(bank: DataBank, flip: bool) -> None:
+    """Raise NotMeasured if all training images are equal: each would be infinitely nearer than the second nearest."""
+    distance, _ = nearest_sources(bank, bank.rows(torch.zeros(1, dtype=torch.int64, device=bank.device)), flip)
+    if bool(distance[:, 1].isinf()):
+        raise NotMeasured(
+            "all training images are equal, so there is no second nearest one to tell a copy by, and memorization is "
+            "not measured"
         )
 
 
@@ -253,10 +264,10 @@ def _pairs(
 
 
 def _write(result: Memorization, pairs: list[dict[str, Any] | None], out: Path) -> None:
-    """The files."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memorization.json").write_text(json.dumps(result.plain(), indent=1) + "\n")
-    with (out / "memorization.csv").open("w", newline="") as file:
+    """The files, each there as a whole or not at all."""
+    with whole_file(out / "memorization.json") as part:
+        part.write_text(json.dumps(result.plain(), indent=1) + "\n")
+    with whole_file(out / "memorization.csv") as part, part.open("w", newline="") as file:
         columns, rows = result.closest.table()
         csv.writer(file).writerows([columns, *rows])
     samples, fresh = pairs

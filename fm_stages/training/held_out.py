@@ -23,7 +23,7 @@ class HeldOut:
     """
 
     def __init__(self, edges: list[float], boundary: float, device: torch.device) -> None:
-        self.edges, self.boundary = edges, boundary
+        self.boundary = boundary
         self._sums = {s: TimestepCurves(("regular", "gap", "wiener"), edges).to(device) for s in SUFFIXES}
         self._seen: set[str] = set()
 

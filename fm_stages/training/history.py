@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fm_stages.oracle import Curves
@@ -21,7 +21,7 @@ Table = tuple[list[str], list[list[float]]]
 class History:
     """One quantity by timestep at some steps of a run, each time of one or more series, such as kinds of weights.
 
-    Beyond `MOST` steps every other one is forgotten.
+    Beyond `MOST` steps every other one is forgotten, but for those that are to be kept.
 
     Args:
         quantity: of the curves that are kept.
@@ -33,8 +33,14 @@ class History:
         self.rows: list[dict[str, Curves]] = []
         """By step, and there by the name of the series."""
 
-    def add(self, step: int, curves: Mapping[str, Curves]) -> None:
-        """Add a step. One that is not later than the last is none; other timestep bins begin a new history."""
+    def add(self, step: int, curves: Mapping[str, Curves], keep: Collection[float] = ()) -> None:
+        """Add a step. One that is not later than the last is none; other timestep bins begin a new history.
+
+        Args:
+            step: of the run.
+            curves: by the name of the series.
+            keep: steps that are not forgotten, however many there are.
+        """
         if not curves or (self.steps and step <= self.steps[-1]):
             return
         kept = {
@@ -48,7 +54,12 @@ class History:
         self.steps.append(step)
         self.rows.append(kept)
         if len(self.rows) > MOST:
-            del self.steps[1::2], self.rows[1::2]
+            kept_rows = [
+                (old, row)
+                for i, (old, row) in enumerate(zip(self.steps, self.rows, strict=True))
+                if i % 2 == 0 or old in keep
+            ]
+            self.steps, self.rows = [old for old, _ in kept_rows], [row for _, row in kept_rows]
 
     @property
     def edges(self) -> list[float]:

@@ -269,7 +269,8 @@ class OracleMonitor(Findings, L.Callback):
         self._validation, self.validated_step = None, current_step(trainer)
         metrics = validation_metrics(self.held_out, self.probe, self.profile.boundary)
         if trainer.state.fn == "fit":
-            self.validations.add(self.validated_step, named(self.held_out, self.probe))
+            best = best_step_metrics(self.validations, self.profile.boundary)
+            self.validations.add(self.validated_step, named(self.held_out, self.probe), best.values())
             metrics |= best_step_metrics(self.validations, self.profile.boundary)
         log_metrics(trainer, metrics)
         for name, value in metrics.items():  # for callbacks that watch a number; all ranks have the same ones

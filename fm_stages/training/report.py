@@ -20,6 +20,9 @@ MEANING = {
     "closed": "how far from the best linear model to the oracle",
 }
 
+PROBE = {"probe": "training images, measured with the same weights and noise as the held-out ones"}
+"""What else a report explains that has such rows."""
+
 
 def closed(curves: Curves, boundary: float) -> float:
     """1 - gap / gap of the best linear model, on the same draws, before the boundary; NaN without that reference."""
@@ -77,7 +80,10 @@ def report(
             gap, part = (curves.average("gap", lo, hi), closed(curves, b)) if early else (math.nan, math.nan)
             kind = f"held-out{suffix.replace('_ema', ' EMA')}, {name}"
             lines.append(_row(kind, [curves.average("regular", lo, hi), gap, math.nan, part]))
-    lines += ["", *(f"  {key:8} {text}" for key, text in MEANING.items())]
+        for suffix, curves in (probe or {}).items():
+            kind = f"probe{suffix.replace('_ema', ' EMA')}, {name}"
+            lines.append(_row(kind, [curves.average("regular", lo, hi), math.nan, math.nan, math.nan]))
+    lines += ["", *(f"  {key:8} {text}" for key, text in (MEANING | (PROBE if probe else {})).items())]
     pairs = {suffix: (curves, held_out[suffix]) for suffix, curves in (probe or {}).items() if suffix in held_out}
     if not pairs and train is not None and "" in held_out:
         pairs[""] = train, held_out[""]

@@ -87,6 +87,17 @@ def test_many_steps_are_thinned_out_and_the_ends_stay(monkeypatch):
     assert [row[0] for row in found.by_t("train")] == found.steps
 
 
+def test_steps_to_keep_are_not_forgotten(monkeypatch):
+    monkeypatch.setattr(history, "MOST", 8)
+    found = History("regular")
+    for step in range(1, 1001):
+        found.add(step, {"train": curves(step, step)}, keep=[6.0, 77.0])
+    assert {6, 77} <= set(found.steps)
+    assert found.steps == sorted(set(found.steps))
+    assert [row[0] for row in found.by_t("train")] == found.steps
+    assert len(found.steps) <= 9  # one may be added before others are forgotten again
+
+
 def test_goes_through_a_checkpoint_to_the_last_bit(two, tmp_path):
     torch.save(two.state_dict(), tmp_path / "a.pt")
     other = History("regular")

@@ -152,6 +152,15 @@ class TestMonitored:
             assert checkpoints.best_model_path.endswith(f"step_{history.steps[held_out.index(best)]:07d}.ckpt")
         assert checkpoints.best_model_score.item() == pytest.approx(stopping.best_score.item())
 
+    def test_the_best_step_is_not_forgotten(self, make_module, make_data, make_trainer, monkeypatch):
+        """However many validations follow: it would be another one then."""
+        monkeypatch.setattr("fm_stages.training.history.MOST", 4)
+        monkeypatch.setattr("fm_stages.training.monitor.best_step_metrics", lambda *_: {"memorization/best_step": 4.0})
+        monitor = OracleMonitor(1, 2)
+        make_trainer(20, callbacks=[monitor], **VALIDATED).fit(make_module(), datamodule=make_data())
+        assert monitor.validations.steps[-1] == 20
+        assert 4 in monitor.validations.steps
+
     def test_a_loss_that_is_no_number_stops_the_run(self, make_module, make_data, make_trainer):
         module, monitor = make_module(optimizer=lambda p: torch.optim.SGD(p, lr=math.nan)), OracleMonitor(1, 2)
         stopping = EarlyStopping("oracle_val/regular_refinement", patience=5)

@@ -48,6 +48,16 @@ class TestTable:
         text = report(training(), {"": held_out(), "_ema": held_out()}, 0.5)
         assert cells(text, row) == expected
 
+    def test_rows_of_the_probe_are_there_with_it_alone(self):
+        """The sentence on refinement is of the probe, whose numbers are not those of the last window."""
+        probe = curves(regular=[0.7, 0.5, 0.5])
+        text = report(training(), {"": held_out()}, 0.5, probe={"": probe, "_ema": probe})
+        assert cells(text, "probe, refinement") == ["0.5000", "", "", ""]
+        assert cells(text, "probe EMA, navigation") == ["0.6000", "", "", ""]
+        assert "held-out regular loss 0.7500 against 0.5000 in training (+50 %)" in text
+        assert "  probe    training images" in text
+        assert "probe" not in report(training(), {"": held_out()}, 0.5)
+
     def test_says_where_the_stages_lie_and_whose_weights(self):
         text = report(training(), {}, 0.5, "EMA")
         assert "navigation t < 0.500" in text
