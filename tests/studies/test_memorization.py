@@ -285,6 +285,18 @@ class TestStudy:
         result = study_memorization(samples, data, num_calibration=4, num_steps=4, progress=False)
         assert "1 of 10 samples have one value everywhere." in result.text()
 
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_equal_training_images(self, references, flip):
+        """Without a second source everything would be infinitely nearer to the first one: a copy."""
+
+        class Equal(Digits):
+            def read(self):
+                splits = super().read()
+                return splits._replace(train_images=splits.train_images[:1].expand_as(splits.train_images).contiguous())
+
+        with pytest.raises(NotMeasured, match="all training images are equal"):
+            study_memorization(references.fresh[:4], Equal(flip=flip), num_calibration=4, num_steps=2, progress=False)
+
     def test_numbers_out_of_range(self, data, references):
         with pytest.raises(ValueError, match="num_calibration=1 .* must be 2 or more"):
             study_memorization(references.fresh, data, num_calibration=1, progress=False)
@@ -318,15 +330,3 @@ def assert_close(found, expected) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
     else:
         assert found == expected
-
-    @pytest.mark.parametrize("flip", [False, True])
-    def test_equal_training_images(self, references, flip):
-        """Without a second source everything would be infinitely nearer to the first one: a copy."""
-
-        class Equal(Digits):
-            def read(self):
-                splits = super().read()
-                return splits._replace(train_images=splits.train_images[:1].expand_as(splits.train_images).contiguous())
-
-        with pytest.raises(NotMeasured, match="all training images are equal"):
-            study_memorization(references.fresh[:4], Equal(flip=flip), num_calibration=4, num_steps=2, progress=False)
