@@ -1,20 +1,20 @@
 """The runs behind docs/reading.md: a healthy one, and each fault that the page describes, really made.
 
     python benchmarks/reading_guide.py                  # all cases, then docs/images/reading
-    python benchmarks/reading_guide.py overfit          # one of them (`time` and `null` need `healthy`)
+    python benchmarks/reading_guide.py overfit          # one of them (overfit, scale, time, null: after `healthy`)
 
 Each case prints the commands that it runs, as a person would type them; the faults are the classes below, or an option
-of a command that is given wrongly. Data are the 1438 digits of the demo, seeds are fixed. A training takes about 3
-minutes on two idle CPU cores, `overfit` 5.
+of a command that is given wrongly. Data are the 1438 digits of the demo, seeds are fixed. No training takes longer
+than the demo's, 3 minutes on two idle CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -29,12 +29,13 @@ from torch import Tensor
 
 from fm_stages import plots
 from fm_stages.data import Digits
-from fm_stages.flow import LinearPath
+from fm_stages.flow import Guidance, LinearPath, sample
 from fm_stages.networks import DiT
+from fm_stages.oracle import nearest_rows
 from fm_stages.studies import diagnose as measure
-from fm_stages.studies import load_run
 from fm_stages.studies.convert_weights import reverse_time
-from fm_stages.training import OracleMonitor, network_weights, read_checkpoint
+from fm_stages.studies.models import load_trained
+from fm_stages.training import OracleMonitor, network_weights, read_checkpoint, save_grid
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/digits_dit.yaml"
@@ -44,7 +45,7 @@ FEW = 128
 SHORTER = ("--trainer.max_steps", 700)
 """Half of the demo is enough to see these faults."""
 
-GUIDANCE = 1, 4
+GUIDANCE = 1, 4, 8
 """Guidance scales of the drawn digits; 1 is none."""
 
 UNSCALED = 7.3
@@ -132,13 +133,22 @@ def overfit(out: Path) -> None:
     """The demo on 128 images in place of 1438."""
     fit(out / "overfit", "--data", "reading_guide.FewDigits")
     diagnose(last(out / "overfit"), out / "overfit")
+    for name, data in (("healthy", Digits()), ("overfit", FewDigits())):
+        data.setup()
+        network = load_trained(last(out / name)).network
+        drawn = sample(network, torch.arange(200) % 10, data.shape)
+        held_out = torch.cat([batch["x1"] for batch in data.val_dataloader()])
+        near = [nearest_rows(data.bank(), x, num=1)[0].median() / math.sqrt(64) for x in (drawn, held_out)]
+        print(f"{name}: median distance to the nearest training image, root mean square per value: "
+              f"samples {near[0]:.3f}, held-out images {near[1]:.3f}")  # fmt: skip
 
 
 def scale(out: Path) -> None:
-    """Data too large; the profile says so before any training."""
+    """Data too large, for a training and for the healthy network; the profile says so before either."""
     command("profile", "--data", "reading_guide.UnscaledDigits", "--out", out / "scale/profile")
     fit(out / "scale", "--data", "reading_guide.UnscaledDigits", *SHORTER)
     diagnose(last(out / "scale"), out / "scale")
+    diagnose(last(out / "healthy"), out / "scale/other", "--data", "reading_guide.UnscaledDigits", "--weights", "ema")
 
 
 def time(out: Path) -> None:
@@ -152,6 +162,7 @@ def time(out: Path) -> None:
     for noise_at, file in ((0, wrong), (1, right)):
         command("import", "--ckpt", theirs, "--out", file, "--num_heads", 4, "--noise_at", noise_at)
         diagnose(file, folder / file.stem, "--data", "Digits")
+    draw_digits(wrong, folder / "samples.png")
     trainer = L.Trainer(
         max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[OracleMonitor()]
     )
@@ -168,17 +179,29 @@ def null(out: Path) -> None:
     fit(folder, "--model.label_dropout", 0, *SHORTER)
     imported = imported_plainly(last(folder), folder)
     diagnose(imported, folder, "--data", "Digits")
-    checkpoint, module, data = load_run(imported, "fm_stages.data.Digits")
-    module.network.load_state_dict(network_weights(checkpoint, ema=False))
-    train, held_out, profile = measure(module, module.network, data, 1438, label_dropout=1.0)
-    without = {"training": asdict(train), "held_out": asdict(held_out), "profile": asdict(profile)}
-    (folder / "without_label.json").write_text(json.dumps(without))
-    for name, checkpoint in (("trained", last(out / "healthy")), ("never_trained", imported)):
+    for name, file in (("trained", last(out / "healthy")), ("never_trained", imported)):
+        without_label(file, folder / f"{name}.json")
         for strength in GUIDANCE:
-            drawn = folder / f"{name}_{strength}"
-            shutil.rmtree(drawn, ignore_errors=True)
-            classes = ("--labels", "0,1,2,3,4,5,6,7", "--num", 32)
-            command("sample", "--ckpt", checkpoint, "--out", drawn, *classes, "--guidance_scale", strength)
+            draw_digits(file, folder / f"{name}_{strength}.png", strength)
+
+
+def without_label(checkpoint: Path, to: Path) -> None:
+    """Curves of inputs that have no label, in the form in which `fm-stages diagnose` writes those of the usual mix."""
+    trained = load_trained(checkpoint)
+    data = Digits()
+    data.setup()
+    train, held_out, profile = measure(trained.module, trained.network, data, 1438, label_dropout=1.0)
+    gap, error = (ask("gap", 0, profile.boundary) for ask in (train.average, train.average_sem))
+    print(f"{checkpoint}, inputs without label: gap in navigation {gap:.4f} ± {error:.4f}")
+    found = {"training": asdict(train), "held_out": asdict(held_out), "profile": asdict(profile)}
+    to.write_text(json.dumps(found))
+
+
+def draw_digits(checkpoint: Path, to: Path, guidance: float = 1.0, num: int = 40) -> None:
+    """A grid with a column for each class; from what a file alone tells, `fm-stages sample` would make no pixels."""
+    network = load_trained(checkpoint).network
+    drawn = sample(network, torch.arange(num) % 10, (1, 8, 8), guidance=Guidance(guidance))
+    save_grid(drawn, to, columns=10)
 
 
 def imported_plainly(checkpoint: Path, folder: Path) -> Path:
@@ -194,21 +217,24 @@ def imported_plainly(checkpoint: Path, folder: Path) -> Path:
 CASES = {case.__name__: case for case in (healthy, underfit, overfit, scale, time, null)}
 
 PANELS = {
-    "healthy": ("healthy", "healthy/diagnose/ema/curves.json"),
-    "underfit": ("underfit: a network too small", "underfit/diagnose/ema/curves.json"),
-    "overfit": (f"overfit: {FEW} training images", "overfit/diagnose/ema/curves.json"),
-    "scale": ("wrong scale: data of std 5.5", "scale/diagnose/ema/curves.json"),
-    "time": ("wrong time direction", "time/wrong/diagnose/raw/curves.json"),
-    "null": ("null label never trained: inputs without label", "null/without_label.json"),
+    "healthy": ("healthy/diagnose/ema/curves.json", "healthy/samples/ema_0001400.png"),
+    "underfit: a network too small": ("underfit/diagnose/ema/curves.json", "underfit/samples/ema_0001400.png"),
+    f"overfit: {FEW} training images": ("overfit/diagnose/ema/curves.json", "overfit/samples/ema_0001400.png"),
+    "wrong scale: data of std 5.5": ("scale/diagnose/ema/curves.json", "scale/samples/ema_0000700.png"),
+    "wrong time direction": ("time/wrong/diagnose/raw/curves.json", "time/samples.png"),
+    "null label never trained": ("null/never_trained.json", f"null/never_trained_{GUIDANCE[-1]}.png"),
 }
+"""Curves and samples of each case; of the last one, curves of inputs without label, and guided samples."""
 
 
 def draw(out: Path, pictures: Path) -> None:
     """Collect the pictures that the runs left, and draw all gaps in one figure."""
     plots.save(overview(out), out / "overview.png")
-    plots.save(grids(out / "null"), out / "null/grids.png")
+    plots.save(samples(out), out / "samples.png")
+    plots.save(guided(out / "null"), out / "null/guided.png")
     sources = {
         "overview": "overview.png",
+        "samples": "samples.png",
         "healthy": "healthy/diagnose/ema/gap_by_t.png",
         "healthy_steps": "healthy/oracle/gap_over_steps.png",
         "underfit": "underfit/diagnose/ema/gap_by_t.png",
@@ -216,7 +242,7 @@ def draw(out: Path, pictures: Path) -> None:
         "scale": "scale/diagnose/ema/gap_by_t.png",
         "time": "time/wrong/diagnose/raw/gap_by_t.png",
         "time_predictions": "time/wrong/diagnose/raw/predictions.png",
-        "null": "null/grids.png",
+        "null": "null/guided.png",
     }
     pictures.mkdir(parents=True, exist_ok=True)
     for name, source in sources.items():
@@ -227,36 +253,52 @@ def draw(out: Path, pictures: Path) -> None:
         picture.quantize(256, dither=Image.Dither.NONE).save(pictures / f"{name}.png", optimize=True)
 
 
-def grids(folder: Path) -> Figure:
-    """Samples with and without guidance, of a network whose null label was trained and of one whose was not."""
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    for row, (name, title) in zip(
-        figure.subplots(2, len(GUIDANCE)),
-        (("trained", "10 % of labels dropped"), ("never_trained", "null label never trained")),
-        strict=True,
-    ):
-        for axes, strength in zip(row, GUIDANCE, strict=True):
-            axes.imshow(Image.open(folder / f"{name}_{strength}/grid.png"))
-            axes.set_title(f"{title}; guidance {strength}" if strength > 1 else f"{title}; no guidance", fontsize=10)
-            axes.set_axis_off()
-    return figure
-
-
 def overview(out: Path) -> Figure:
     """The gap over t of every case beside its references, on the same axes."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
-    for axes, (title, file) in zip(panels, PANELS.values(), strict=True):
+    for axes, (title, (file, _)) in zip(panels, PANELS.items(), strict=True):
         found = json.loads((out / file).read_text())
-        _gap(axes, found["training"], found["held_out"], found["profile"]["boundary"])
+        t = _gap(axes, found["training"], found["held_out"], found["profile"]["boundary"])
         axes.set_title(title, pad=16, fontsize=11)
+        if title.startswith("null"):
+            trained = json.loads((out / "null/trained.json").read_text())["training"]["mean"]["gap"]
+            axes.plot(t, trained, color="#c1440e", lw=1, ls="-.", label="the healthy network")
+            axes.legend(fontsize=8, loc="lower right", title="inputs without label", title_fontsize=8)
+    figure.axes[0].set_ylim(2e-3, 1e2)
     figure.axes[0].legend(fontsize=8, loc="lower right")
     figure.supxlabel("t   (0 = noise, 1 = data)", fontsize=10)
     figure.supylabel("squared distance to the oracle, per value", fontsize=10)
     return figure
 
 
-def _gap(axes: Axes, train: dict, held_out: dict, boundary: float) -> None:
+def samples(out: Path) -> Figure:
+    """What every case draws."""
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    for axes, (title, (_, file)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        _grid(axes, out / file, f"{title}, guidance {GUIDANCE[-1]}" if title.startswith("null") else title)
+    return figure
+
+
+def guided(folder: Path) -> Figure:
+    """Samples with and without guidance, of a network whose null label was trained and of one whose was not."""
+    figure = Figure(figsize=(3.4 * len(GUIDANCE), 3.9), layout="constrained")
+    names = {"trained": "null label trained", "never_trained": "never trained"}
+    for row, (name, title) in zip(figure.subplots(2, len(GUIDANCE)), names.items(), strict=True):
+        for axes, strength in zip(row, GUIDANCE, strict=True):
+            how = f"guidance {strength}" if strength > 1 else "no guidance"
+            _grid(axes, folder / f"{name}_{strength}.png", f"{title}, {how}")
+    return figure
+
+
+def _grid(axes: Axes, file: Path, title: str) -> None:
+    picture = Image.open(file)
+    axes.imshow(picture.crop((0, 0, picture.width, min(picture.height, 138))))  # four rows of 8x8 digits, enlarged
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def _gap(axes: Axes, train: dict, held_out: dict, boundary: float) -> list[float]:
     edges, mean = train["edges"], train["mean"]
     t = [(lo + hi) / 2 for lo, hi in zip(edges, edges[1:], strict=False)]
     axes.plot(t, mean["zero"], color="0.6", ls=":", label="a network that predicts 0")
@@ -266,6 +308,7 @@ def _gap(axes: Axes, train: dict, held_out: dict, boundary: float) -> None:
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
     plots.shade_stages(axes, boundary)
+    return t
 
 
 def main() -> None:
