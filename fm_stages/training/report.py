@@ -52,7 +52,7 @@ def report(
     """A short table: regular, gap, floor and closed by stage, on training and held-out inputs, and a sentence on each.
 
     Args:
-        train: of training inputs (regular, gap, floor, wiener); None if none were measured.
+        train: of training inputs (regular, gap, floor, wiener, zero); None if none were measured.
         held_out: of held-out inputs (regular, gap, wiener; gap before the boundary only) by the suffix of the weights.
         boundary: between the stages.
         weights: which weights the numbers without a suffix are of.
@@ -113,8 +113,13 @@ def _navigation(train: Curves | None, b: float) -> list[str]:
     if train is None or math.isnan(share_closed := closed(train, b)):
         return []
     share = f"{100 * share_closed:.0f} % of the way from the best linear model to the oracle"
-    if share_closed < 0:
-        gap, linear = train.average("gap", 0, b), train.average("wiener", 0, b)
+    gap, linear, nothing = (train.average(name, 0, b) for name in ("gap", "wiener", "zero"))
+    if gap > nothing:
+        share = (
+            f"worse than predicting 0 (gap {gap:.4f} against {nothing:.4f}), as a network is that runs time the other "
+            "way, or knows the data at another scale"
+        )
+    elif share_closed < 0:
         share = f"not yet as good as the best linear model (gap {gap:.4f} against {linear:.4f})"
     floor, regular = train.average("floor", 0, b), train.average("regular", 0, b)
     return [

@@ -17,8 +17,9 @@ def curves(**mean) -> Curves:
     return Curves([0.0, 0.25, 0.5, 1.0], [10, 10, 20], mean, sem)
 
 
-def training(wiener: float = 1.0) -> Curves:
-    return curves(regular=[1.0, 0.8, 0.6], gap=[0.4, 0.2, 0.5], floor=[0.6, 0.6, 0.1], wiener=[wiener, wiener, 0.7])
+def training(wiener: float = 1.0, zero: float = 2.0) -> Curves:
+    parts = {"regular": [1.0, 0.8, 0.6], "gap": [0.4, 0.2, 0.5], "floor": [0.6, 0.6, 0.1]}
+    return curves(**parts, wiener=[wiener, wiener, 0.7], zero=[zero] * 3)
 
 
 def held_out() -> Curves:
@@ -66,7 +67,13 @@ class TestTable:
 
     def test_empty_bins_are_left_out_of_the_means(self):
         text = report(
-            curves(regular=[NAN, 0.8, 0.6], gap=[NAN, 0.2, 0.5], floor=[NAN, 0.6, 0.1], wiener=[NAN, 0.4, 0.7]),
+            curves(
+                regular=[NAN, 0.8, 0.6],
+                gap=[NAN, 0.2, 0.5],
+                floor=[NAN, 0.6, 0.1],
+                wiener=[NAN, 0.4, 0.7],
+                zero=[NAN, 2.0, 2.0],
+            ),
             {},
             0.5,
         )
@@ -92,6 +99,11 @@ class TestSentences:
         assert cells(text, "training, navigation")[3] == "-50 %"
         assert "not yet as good as the best linear model (gap 0.3000 against 0.2000)" in text
         assert "-50 % of the way" not in text
+
+    def test_worse_than_predicting_nothing_is_said_in_words(self):
+        text = report(training(wiener=0.2, zero=0.25), {}, 0.5)
+        assert "navigation: worse than predicting 0 (gap 0.3000 against 0.2500), as a network is that runs time" in text
+        assert "linear model (gap" not in text
 
     def test_without_training_there_are_none(self):
         """As after `validate`."""
