@@ -131,9 +131,8 @@ class TestCosts:
         assert each["evaluations_per_image"] == each["rows_per_image"] == [3, 7]
         assert each["flops_per_image"] == [3 * FLOPS, 7 * FLOPS]
         assert (call["evaluations_per_image"], call["flops_per_image"]) == (10, 10 * FLOPS)
-        assert call["seconds_per_image"] == pytest.approx(
-            call["seconds"] / NUM, abs=0.001 / NUM
-        )  # written to the millisecond
+        written = pytest.approx(call["seconds"] / NUM, abs=0.001 / NUM)  # to the millisecond
+        assert call["seconds_per_image"] == written
         text = f"10 network evaluations each (3 before t = 0.3, 7 after it), {10 * FLOPS / 1e9:.4g} GFLOP and"
         assert text in done.out
         assert "not counted: norms" in record()["flops"]
