@@ -6,6 +6,7 @@ held against the first one by stage.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
@@ -143,7 +144,7 @@ def _write(folder: Path, train: Curves, held_out: Curves, profile: StageProfile,
 def _draw_predictions(
     module: FlowMatching, data: TrainingData, profile: StageProfile, folder: Path, weights: str, step: str, seed: int
 ) -> None:
-    """``predictions.png``: what the module's network takes noisy training images for, beside the oracle."""
+    """``predictions.png`` and ``.csv``: what the network takes noisy training images for, beside the oracle."""
     oracle = oracle_of(data.bank(), module.path)
     shown = pictures_of(oracle.bank, data)
     if shown is None:
@@ -151,3 +152,6 @@ def _draw_predictions(
     to_picture, note = shown
     found = predict_data({weights: module.network}, oracle, profile, seed=seed)
     plots.save(prediction_figure(found, to_picture, step, note), folder / "predictions.png")
+    columns, rows = found.table()
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])

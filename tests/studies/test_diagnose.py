@@ -23,7 +23,14 @@ def test_both_weights_have_their_pictures(command, write_checkpoint, random_netw
     assert done.status == 0, done.err
     for weights in ("raw", "ema"):
         files = {path.name for path in Path("run/diagnose", weights).iterdir()}
-        assert files == {"training.csv", "held_out.csv", "curves.json", "gap_by_t.png", "predictions.png"}
+        assert files == {
+            "training.csv",
+            "held_out.csv",
+            "curves.json",
+            "gap_by_t.png",
+            "predictions.png",
+            "predictions.csv",
+        }
     raw, ema = made
     for i in (0, 1, 4):  # x_t, the oracle's, x_1
         assert np.array_equal(raw[i], ema[i])
