@@ -119,7 +119,7 @@ def together(group: dist.ProcessGroup | None) -> Iterator[Meeting]:
         values = [alike.get(name) for _, alike in said]
         if any(value != values[0] for value in values):
             those = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
-            raise ValueError(f"the ranks disagree on {name}: {those}; they work on one bank and must be given the same")
+            raise ValueError(f"the ranks disagree on {name}: {those}; they work together and must be given the same")
     raise ValueError(f"the ranks are in different calls: {[list(alike) for _, alike in said]}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fm_stages import plots
-from fm_stages.data import TrainingData
+from fm_stages.data import TrainingData, whole_file
 from fm_stages.oracle import (
     Curves,
     Oracle,
@@ -67,7 +68,7 @@ class CheckpointCurves:
 
     def change(self, first: CheckpointCurves, lo: float, hi: float) -> tuple[float, float]:
         """Change of the gap over t in [lo, hi] as a share of the first one's gap there, and its standard error."""
-        reference = first.train.average("gap", lo, hi)
+        reference = first.train.average("gap", lo, hi) or math.nan
         change, error = self.train.average("gap_change", lo, hi), self.train.average_sem("gap_change", lo, hi)
         return change / reference, error / reference
 
@@ -158,12 +159,13 @@ class CheckpointComparison:
             (early, early_sem), (late, late_sem) = (
                 one.change(first, *self.stages()[stage]) for stage in ("navigation", "refinement")
             )
-            more, error = late - early, (early_sem**2 + late_sem**2) ** 0.5
+            error = math.hypot(early_sem, late_sem)
             verdict = "no difference between the stages can be told from noise"
-            if abs(more) > SHOWN * error:
-                verdict = (
-                    f"more in {'navigation' if abs(early) > abs(late) else 'refinement'}, as a share of what was there"
-                )
+            if early * late < 0 and abs(early) > SHOWN * early_sem and abs(late) > SHOWN * late_sem:
+                verdict = "the stages go opposite ways"
+            elif abs(abs(early) - abs(late)) > SHOWN * error:
+                larger = "navigation" if abs(early) > abs(late) else "refinement"
+                verdict = f"more in {larger}, as a share of what was there"
             sentences.append(
                 f"{name}: against {self.reference} the gap changes by {early:+.1%} ± {early_sem:.1%} in navigation and "
                 f"by {late:+.1%} ± {late_sem:.1%} in refinement: {verdict}{self._parts(one)}."
@@ -174,7 +176,7 @@ class CheckpointComparison:
         """Which part of the whole change, over all t, lies in refinement; nothing where there is hardly a change."""
         b, train = self.profile.boundary, one.train
         whole, error = train.average("gap_change"), train.average_sem("gap_change")
-        if abs(whole) <= SHOWN * error or not 0 < b < 1:
+        if not abs(whole) > SHOWN * error or not 0 < b < 1:
             return ""
         return f"; {(1 - b) * train.average('gap_change', b, 1) / whole:.0%} of the change over all t is in refinement"
 
@@ -198,13 +200,14 @@ class CheckpointComparison:
         plain = {"seed": self.seed, "num_samples": self.num_samples, "stages": self.rows()}
         plain |= {"checkpoints": {name: asdict(one) for name, one in self.checkpoints.items()}}
         plain |= {"profile": asdict(self.profile)}
-        (out / "checkpoints.json").write_text(json.dumps(plain, indent=1) + "\n")
+        with whole_file(out / "checkpoints.json") as part:
+            part.write_text(json.dumps(plain, indent=1) + "\n")
         rows = self.rows()
-        with (out / "checkpoints.csv").open("w", newline="") as file:
+        with whole_file(out / "checkpoints.csv") as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        with (out / "gap_by_t.csv").open("w", newline="") as file:
+        with whole_file(out / "gap_by_t.csv") as part, part.open("w", newline="") as file:
             tables = {name: one.train.table() for name, one in self.checkpoints.items()}
             columns = next(iter(tables.values()))[0]
             csv.writer(file).writerows(

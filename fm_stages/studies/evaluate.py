@@ -11,6 +11,7 @@ fm-stages evaluate ...``; they share the images, and end with the same numbers a
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class _Evaluation:
             self.data = self._data()
             shape = picture_shape(self.data)
             self.extractor = Extractor.of(module, shape, self.device)
-            self.trained_on = (self.drawing.data if self.drawing else None) or self.data
+            self.trained_on = self._trained_on()
             self.samples = self._samples(shape)
             other = SPLITS[1 - SPLITS.index(options.reference)]
             self.reference = rows_of(self.data, options.reference, options.num_reference, self.device, SEED)
@@ -71,6 +72,8 @@ class _Evaluation:
             self.out = out_folder(options, self.samples.record)
             if job.rank == 0:
                 _make(self.out)
+        with together(job.group) as meeting:  # a network that is made anew on each rank has other weights there
+            meeting.alike = {"the weights of --features": self.extractor.record["weights_sha256"]}
         for note in self.drawing.notes if self.drawing and job.rank == 0 else ():
             print(f"fm-stages: note: {note}", file=sys.stderr)
 
@@ -98,12 +101,10 @@ class _Evaluation:
                 raise ValueError(f"{self.drawing.files[0]} names no data to compare with: give it with --data")
             return self.drawing.data
         place = Path(self.options.samples)
-        record = read_record(place) if place.is_dir() else None
-        if record is None:
+        if (file := self._drawn_from(place)) is None:
             raise ValueError(f"--samples {place} does not say which real images to compare with: give them with --data")
-        file = record["checkpoint"]
         try:
-            data = open_run(file[0] if isinstance(file, list) else file)[2]
+            data = open_run(file)[2]
         except FileNotFoundError as error:
             raise ValueError(
                 f"{place} was drawn from {file}, which is not there (any more): name the real images with --data"
@@ -112,12 +113,30 @@ class _Evaluation:
             raise ValueError(f"{file} names no data to compare with: give it with --data")
         return data
 
+    def _trained_on(self) -> TrainingData:
+        """What the network was trained on, set up; the reference's data where that is not known or not there."""
+        data: TrainingData | None = None
+        if self.drawing is not None:
+            data = self.drawing.data
+        elif self.options.data and (file := self._drawn_from(Path(self.options.samples))) is not None:
+            with suppress(FileNotFoundError):
+                data = open_run(file)[2]
+        if data is None or data is self.data:
+            return self.data
+        data.prepare_data()
+        data.setup()
+        return data
+
+    @staticmethod
+    def _drawn_from(place: Path) -> str | None:
+        """The (first) checkpoint that a folder of ``fm-stages sample`` names."""
+        record = read_record(place) if place.is_dir() else None
+        files = record["checkpoint"] if record else None
+        return files[0] if isinstance(files, list) else files
+
     def _samples(self, shape: tuple[int, int, int]) -> Images:
         if self.drawing is None:
-            return open_images(Path(self.options.samples), self.options.num, shape, self.data)
-        if self.trained_on is not self.data:
-            self.trained_on.prepare_data()
-            self.trained_on.setup()  # it makes pixels of what is drawn
+            return open_images(Path(self.options.samples), self.options.num, shape, self.trained_on)
         return drawn(self.drawing, self.trained_on, shape, self.options.num)
 
     def _extract(self, images: Images) -> FeatureSet:
@@ -135,8 +154,10 @@ class _Evaluation:
 
 
 def _make(out: Path) -> None:
-    """The folder of the report: found out before hours of drawing that it cannot be written."""
+    """The folder of the report, without an earlier one: found out before hours of drawing that it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)  # of an earlier call, which may have been of other samples
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}): give another folder") from error

@@ -35,7 +35,10 @@ def read_record(place: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text())
         settings, finished = record["settings"], record["finished"]
-        FORMATS[settings["format"]], int(settings["num"]), record["checkpoint"]  # noqa: B018
+        FORMATS[settings["format"]], int(settings["num"]), int(settings["seed"]), str(settings["labels"])  # noqa: B018
+        files = record["checkpoint"] if isinstance(record["checkpoint"], list) else [record["checkpoint"]]
+        if not files or not all(isinstance(file, str) for file in files):
+            raise TypeError("a checkpoint is the name of a file")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not what fm-stages sample writes: remove it to measure the images alone"
@@ -55,7 +58,7 @@ def open_images(place: Path, num: int | None, shape: Shape, data: TrainingData) 
         place: a folder of ``fm-stages sample``, of images, or of class folders; or an ``.npz``.
         num: how many of them, the first ones; None: all.
         shape: (C, H, W) of the reference's images.
-        data: of the reference, which knows the classes.
+        data: that the images are like, which knows their classes and units.
 
     Raises:
         FileNotFoundError: if there is nothing.

@@ -37,14 +37,14 @@ def memorization_of(
         seed: of what the study draws.
         device: where it computes.
     """
-    for name in FILES if job.rank == 0 else ():
-        (out / name).unlink(missing_ok=True)  # of an earlier call, which may have been of other samples
     if samples.values is None:
         return {
             "text": "not measured: these are pixels, and the network draws latents, which rounded pixels do not give "
             "back; evaluate the checkpoint itself with --ckpt"
         }
-    networks = {}
+    networks, notes = {}, [f"Held against the training images of {type(data).__name__}."]
+    if drawing is not None and len(drawing.networks) > 1:
+        notes.append("There is no memorization index: it is of one network for all t.")
     if drawing is not None and len(drawing.networks) == 1:
         kind = drawing.settings.plain["weights"]
         networks = {f"{'EMA' if kind == 'ema' else kind} weights": drawing.networks[0]}
@@ -55,7 +55,7 @@ def memorization_of(
         )  # fmt: skip
     except ValueError as error:  # of all ranks; the other numbers are none the worse
         return {"text": f"not measured: {error}"}
-    return {**found.plain(), "text": found.text()}
+    return {**found.plain(), "data": type(data).__name__, "text": "\n".join([*notes, "", found.text()])}
 
 
 def numbers_of(memorization: dict[str, Any]) -> dict[str, float]:

@@ -141,9 +141,14 @@ def memorization_distance(real: Tensor, samples: Tensor) -> float:
 
     Returns:
         The distance, in [0, 1].
+
+    Raises:
+        ValueError: if all of either kind are left out.
     """
     real, samples = (x.double() for x in (real, samples))
     real, samples = (x[x.sum(1) != 0] for x in (real, samples))
+    if not len(real) or not len(samples):
+        raise ValueError("all features of one kind of images sum to 0, so that they have no cosines")
     real, samples = (x / x.norm(dim=1, keepdim=True) for x in (real, samples))
     nearest = []
     for part in real.split(ROWS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from argparse import ArgumentError
 from pathlib import Path
@@ -110,8 +112,15 @@ def out_folder(options: Namespace, settings: dict[str, Any]) -> Path:
     words = [f"step_{_joined(settings['step'])}", _joined(settings["weights"]), f"{settings['solver']}_{steps}"]
     words += [f"num_{options.num}"]
     words += [f"guidance_{settings['guidance_scale']:g}"] if settings["guidance_scale"] != 1 else []
-    words += [options.features.class_path.rpartition(".")[2]]
+    words += [options.features.class_path.rpartition(".")[2], _told_apart(options, settings)]
     return run / "evaluation" / "_".join(words)
+
+
+def _told_apart(options: Namespace, settings: dict[str, Any]) -> str:
+    """Six digits for all other settings: calls that differ in any of them do not write over each other."""
+    everything = [settings, *(options[name] for name in ("reference", "num_reference", "data"))]
+    everything.append(options.features.as_dict())
+    return hashlib.blake2b(json.dumps(everything, default=str, sort_keys=True).encode(), digest_size=3).hexdigest()
 
 
 def _joined(value: Any) -> str:

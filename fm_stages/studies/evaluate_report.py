@@ -92,9 +92,20 @@ def make_report(
             "samples": balance(samples.labels, len(class_names)),
             "reference": balance(reference.labels, len(class_names)),
         },
-        "warnings": [*([extractor["warning"]] if "warning" in extractor else []), *warnings_of(*sets)],
+        "warnings": [
+            *([extractor["warning"]] if "warning" in extractor else []),
+            *warnings_of(*sets),
+            *_unknown_labels(samples, len(class_names)),
+        ],
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _unknown_labels(samples: FeatureSet, num_classes: int) -> list[str]:
+    unknown = samples.labels[samples.labels >= num_classes]
+    if not len(unknown):
+        return []
+    return [f"{len(unknown)} samples have labels of no class of the data (up to {int(unknown.max())}): not counted."]
 
 
 def _version(package: str) -> str:
@@ -206,8 +217,7 @@ def write_report(report: dict[str, Any], sets: tuple[FeatureSet, FeatureSet, Fea
         f"place {report['yardstick']['fid']:.4g}",
     )  # fmt: skip
     files = [out / name for name in ("evaluation.png", "evaluation.csv", "evaluation.md", "evaluation.json")]
-    with whole_file(files[0]) as part:
-        figure.savefig(part, dpi=110, format="png")
+    plots.save(figure, files[0])
     with whole_file(files[1]) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "samples", "real_images"])

@@ -104,9 +104,13 @@ def _scores(
         logits = images.logits
         _put(scores, ("inception_score", "inception_score_std"), lambda: inception_score(logits, seed))
     _put(scores, ("precision", "recall"), lambda: precision_recall(one, other))
-    distance = memorization_distance(training.features.to(device), informed.features.to(device))
-    frechet = distance_of(informed.moments, training.moments)
-    scores.values |= {"mifid": memorization_informed(frechet, distance), "memorization_distance": distance}
+    try:
+        distance = memorization_distance(training.features.to(device), informed.features.to(device))
+    except ValueError as error:  # ours: no features to compare
+        scores.missing |= dict.fromkeys(("mifid", "memorization_distance"), str(error))
+    else:
+        frechet = distance_of(informed.moments, training.moments)
+        scores.values |= {"mifid": memorization_informed(frechet, distance), "memorization_distance": distance}
     scores.settings |= {"mifid_images": f"{informed.num} {informed.images.name}"}
     scores.settings |= {"mifid_against": f"{training.num} {training.images.name}"}
     return scores
@@ -168,7 +172,7 @@ def warnings_of(samples: FeatureSet, reference: FeatureSet, other: FeatureSet) -
                 f"give: take {num_features + 1} at least, better {10 * num_features}."
             )
     if bool(_constant(samples.moments).all()):
-        found.append(f"All {samples.num} samples have the same features: the model draws one image.")
+        found.append(f"All {samples.num} samples have the same features: to the extractor they are one image.")
     if (num := int(_constant(reference.moments).sum())) > 0:
         found.append(
             f"{num} of {num_features} features are the same for all {reference.images.name}: they tell nothing."
@@ -183,6 +187,6 @@ def warnings_of(samples: FeatureSet, reference: FeatureSet, other: FeatureSet) -
 
 
 def balance(labels: Tensor, num_classes: int) -> list[int] | None:
-    """How many images each class has; None where none has a label."""
-    known = labels[labels >= 0]
+    """How many images each class has; None where none has a label. Labels of no class are left out."""
+    known = labels[(labels >= 0) & (labels < num_classes)]
     return torch.bincount(known, minlength=num_classes).tolist() if len(known) else None

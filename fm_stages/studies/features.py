@@ -86,7 +86,7 @@ class Extractor:
     @torch.no_grad()
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         given = self.module(images.to(self.device))
-        features, logits = given if isinstance(given, tuple) else (given, None)
+        features, logits = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         for values in (features, logits):
             if values is None and features is not None:
                 continue

@@ -2,14 +2,21 @@
 
 import csv
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fm_stages.oracle import Oracle, timestep_bins
+from fm_stages.oracle import Curves, Oracle, timestep_bins
 from fm_stages.studies.diagnose_measure import probe
-from fm_stages.studies.diagnose_several import compare_checkpoints, load_checkpoints
+from fm_stages.studies.diagnose_several import (
+    CheckpointComparison,
+    CheckpointCurves,
+    compare_checkpoints,
+    load_checkpoints,
+)
 
 NUM = 96
 
@@ -135,3 +142,35 @@ def test_paths_of_one_kind_with_other_numbers_are_not_the_same(write_checkpoint,
     }
     with pytest.raises(ValueError, match="differ in path"):
         load_checkpoints(files)
+
+
+def made(early: float, late: float, sem: float = 0.01) -> CheckpointComparison:
+    """A checkpoint whose gap changes by so much in each stage against the first, whose gap is 1."""
+
+    def one(*changes: float) -> CheckpointCurves:
+        mean = {"gap": [1.0 + change for change in changes], "gap_change": list(changes)}
+        curves = Curves([0.0, 0.5, 1.0], [9, 9], mean, {name: [sem] * 2 for name in mean})
+        return CheckpointCurves("file", "ema", 1, 10, curves, curves)
+
+    return CheckpointComparison({"one": one(0.0, 0.0), "other": one(early, late)}, SimpleNamespace(boundary=0.5), 9, 0)
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "said"),
+    [
+        (-0.5, -0.1, "more in navigation, as a share of what was there; 17% of the change over all t is in refinement"),
+        (0.1, 0.5, "more in refinement, as a share of what was there; 83% of the change over all t is in refinement"),
+        (-0.3, 0.29, "the stages go opposite ways."),
+        (-0.3, -0.29, "no difference between the stages can be told from noise; 49% of"),
+        (0.001, 0.001, "no difference between the stages can be told from noise."),
+    ],
+)
+def test_the_sentence_says_what_the_differences_show(early, late, said):
+    (sentence,) = made(early, late).sentences()
+    assert said in sentence
+    assert f"by {early:+.1%} ± 1.0% in navigation and by {late:+.1%} ± 1.0% in refinement" in sentence
+
+
+def test_one_draw_has_no_errors_and_shows_nothing():
+    (sentence,) = made(-0.5, -0.1, math.nan).sentences()
+    assert sentence.endswith("no difference between the stages can be told from noise.")

@@ -1,6 +1,7 @@
 """``fm-stages evaluate``: numbers of drawn images and of files, what the report says of them, and what is refused."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -130,17 +131,21 @@ class TestCheckpoint:
         assert report["scores"]["fid"] == pytest.approx(plain, rel=1e-3)
         assert report["samples"]["weights"] == "raw"
 
-    def test_folder_beside_the_run(self, command, features, write_checkpoint):
+    def test_folders_beside_the_run(self, command, features, write_checkpoint):
+        """One for each way to draw, whatever tells two of them apart."""
         path = write_checkpoint(Path("run/checkpoints/last.ckpt"))
-        done = command("evaluate", "--ckpt", path, "--features", features, *DRAW, "--num_memorization", 0)
-        assert done.status == 0, done.err
-        assert Path("run/evaluation/step_7_ema_euler_2_num_70_ClassifierFeatures/evaluation.json").is_file()
+        for other in ((), ("--labels", "1"), ("--seed", "1"), ("--num_reference", "99"), ()):
+            words = ("--ckpt", path, "--features", features, *DRAW, "--num_memorization", 0, *other)
+            done = command("evaluate", *words)
+            assert done.status == 0, done.err
+        there = list(Path("run/evaluation").glob("step_7_ema_euler_2_num_70_ClassifierFeatures_*/evaluation.json"))
+        assert len(there) == len(list(Path("run/evaluation").iterdir())) == 4
 
     def test_experts(self, command, ckpt, features):
         both = ("--expert", ckpt, "--expert", ckpt, "--split", 0.4)
         done = command("evaluate", *both, "--features", features, *DRAW, "--num_memorization", 0, "--solver", "heun")
         assert done.status == 0, done.err
-        folder = ckpt.parent.parent / "evaluation/step_7+7_ema+ema_heun_2_num_70_ClassifierFeatures"
+        (folder,) = (ckpt.parent.parent / "evaluation").glob("step_7+7_ema+ema_heun_2_num_70_ClassifierFeatures_*")
         samples = json.loads((folder / "evaluation.json").read_text())["samples"]
         assert (samples["checkpoint"], samples["split"], samples["solver"]) == ([str(ckpt)] * 2, 0.4, "heun")
 
@@ -185,6 +190,37 @@ class Wrong(nn.Module):
 HERE = "tests.studies.test_evaluate"
 
 
+class Three(Sums):
+    """Gives more than features and logits."""
+
+    def forward(self, images):
+        return (super().forward(images),) * 3
+
+
+class Dark(Sums):
+    """Features of sum 0 for every image, none of them constant."""
+
+    def forward(self, images):
+        sums = super().forward(images)
+        return torch.cat([sums, -sums], 1)
+
+
+class Drawn(Sums):
+    """Weights that are drawn anew by every process."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(torch.tensor(float(os.getpid())))
+
+
+class InvertedDigits(Digits):
+    """Training images that are others than those of the digits."""
+
+    def read(self):
+        splits = super().read()
+        return splits._replace(train_images=255 - splits.train_images)
+
+
 class TestExtractors:
     @pytest.fixture(autouse=True)
     def _importable(self, monkeypatch):
@@ -203,6 +239,7 @@ class TestExtractors:
             ("Same", "the extractor gives all 359 held-out images the same features"),
             ("NotFinite", "NotFinite gives features that are not finite"),
             ("Wrong", "Wrong gives shape (2,) for 2 images: features are (B, F)"),
+            ("Three", "Three gives tuple for 2 images: features are (B, F)"),
             ("Missing", "Missing"),
         ],
     )
@@ -211,6 +248,12 @@ class TestExtractors:
         assert done.status == 2
         assert complaint in done.err.splitlines()[-1]
         assert not list(Path().rglob("evaluation.*"))
+
+    def test_features_without_a_direction(self, evaluate, ckpt):
+        done = evaluate("--ckpt", ckpt, *DRAW, by=f"{HERE}.Dark")
+        assert done.status == 0, done.err
+        assert {"fid", "precision"} <= set(done.report["scores"])
+        assert "Not computed: mifid, memorization_distance: all features of one kind of images sum to 0" in done.out
 
 
 class TestMemorization:
@@ -247,6 +290,25 @@ class TestMemorization:
         assert copies == pytest.approx(0.2, abs=0.04)
         assert found["index"] is None
         assert not Path("out/memorization_index.png").exists()
+
+    def test_copies_of_what_the_network_was_trained_on(self, study, command, ckpt, digits, monkeypatch):
+        """Other data are named for the reference: what samples may repeat are the training images of their network."""
+        monkeypatch.syspath_prepend(Path(__file__).parents[2])
+        assert command("sample", "--ckpt", ckpt, "--out", "drawn", *DRAW).status == 0
+        for number in range(0, NUM, 2):
+            Image.fromarray(digits["train"][number, 0].numpy()).save(f"drawn/images/{number:06d}.png")
+        report = study("--samples", "drawn", "--data", f"{HERE}.InvertedDigits").report
+        assert report["memorization"]["summaries"]["samples"]["copies"]["value"] == pytest.approx(0.5, abs=0.04)
+        assert report["memorization"]["data"] == "Digits"
+        assert "Held against the training images of Digits." in report["memorization"]["text"]
+        assert report["reference"]["data"] == "InvertedDigits"
+
+    def test_an_earlier_study_is_not_taken_for_this_one(self, study, ckpt):
+        study("--ckpt", ckpt, *DRAW)
+        study("--ckpt", ckpt, *DRAW, "--num_memorization", 0)
+        assert {path.suffix for path in Path("out").iterdir()} == {".png", ".csv", ".md", ".json"}
+        assert not list(Path("out").glob("*memorization*"))
+        assert not Path("out/closest.png").exists()
 
     def test_black_images_cost_no_other_number(self, study, digits):
         write_pngs("foreign", torch.zeros(30, 1, 8, 8, dtype=torch.uint8))
@@ -334,6 +396,14 @@ class TestFiles:
         plain = plain_fid(digits["train"][:60], digits["held_out"], features)
         assert report["scores"]["fid"] == pytest.approx(plain, rel=1e-3)
         assert report["classes"]["samples"] == [6] * 10
+
+    def test_labels_of_no_class_are_told(self, evaluate, digits):
+        labels = np.array([3] * 20 + [117] * 5)
+        np.savez("foreign.npz", arr_0=digits["train"][:25].movedim(1, -1).numpy(), arr_1=labels)
+        done = evaluate("--samples", "foreign.npz", "--data", "Digits")
+        assert done.status == 0, done.err
+        assert done.report["classes"]["samples"] == [0, 0, 0, 20, 0, 0, 0, 0, 0, 0]
+        assert "WARNING: 5 samples have labels of no class of the data (up to 117): not counted." in done.out
 
     def test_images_that_cannot_be_read_are_counted_and_named(self, evaluate, digits, features):
         write_pngs("foreign", digits["train"][:60])
@@ -449,8 +519,12 @@ class TestMistakes:
         done = evaluate("--samples", "drawn")
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert "says that drawing was not finished: call the same fm-stages sample --out drawn again" in done.err
-        file.write_text("{}")
-        assert "is not what fm-stages sample writes" in evaluate("--samples", "drawn").err
+        whole = json.loads(file.read_text())
+        no_seed = {name: value for name, value in whole["settings"].items() if name != "seed"}
+        for damaged in ({}, {**whole, "checkpoint": 5}, {**whole, "checkpoint": []}, {**whole, "settings": no_seed}):
+            file.write_text(json.dumps(damaged))
+            done = evaluate("--samples", "drawn")
+            assert (done.status, "is not what fm-stages sample writes" in done.err) == (2, True), done.err
 
     def test_a_checkpoint_that_is_gone(self, evaluate, command, write_checkpoint):
         path = write_checkpoint(Path("run/checkpoints/last.ckpt"))
@@ -543,6 +617,7 @@ def test_ranks_find_what_one_finds(launch, tmp_path, evaluate, ckpt, features, d
         ["--ckpt", ckpt, *DRAW, "--num_memorization", 20],
         [*foreign, "--data", "Digits"],
         [*sizes, "--data", "Digits"],
+        [*foreign, "--data", "Digits", "--features", f"{HERE}.Drawn"],
     ]
     found = on_ranks(launch, tmp_path, ckpt, features, num_ranks, calls)
     check_ranks(found, evaluate, calls, num_ranks, features)
@@ -550,3 +625,4 @@ def test_ranks_find_what_one_finds(launch, tmp_path, evaluate, ckpt, features, d
     said = [rank[2] for rank in found]
     assert "000020.png is 1x9x8" in said[1]
     assert all(f"rank 1 cannot go on: {said[1]}" == message for rank, message in enumerate(said) if rank != 1)
+    assert all("the weights of --features" in rank[3] for rank in found)
