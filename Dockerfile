@@ -45,7 +45,7 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
 
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
-    python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb")); print(*project["build-system"]["requires"], *project["project"]["dependencies"], sep="\n")' \
+    python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb")); print(*project["build-system"]["requires"], *project["project"]["dependencies"], *project["project"]["optional-dependencies"]["eval"], sep="\n")' \
         >/tmp/requirements.txt \
     && PIP_CONFIG_FILE=/run/secrets/pip.conf \
     pip install --no-cache-dir --disable-pip-version-check --progress-bar off -c constraints.txt -r /tmp/requirements.txt \
