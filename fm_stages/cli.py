@@ -21,6 +21,12 @@ def _diagnose() -> None:
     diagnose_command()
 
 
+def _doctor() -> None:
+    from fm_stages.studies import doctor_command
+
+    doctor_command()
+
+
 def _encode() -> None:
     from fm_stages.studies import encode_command
 
@@ -80,6 +86,7 @@ LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
+    "doctor": ("what would waste a run, before it starts; takes what fit takes: --config X.yaml", _doctor),
     "encode": ("images to latents, once: --data FOLDER --vae NAME_OR_PATH --out DIR", _encode),
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of trained checkpoints: --ckpt FILE [--ckpt FILE]", _diagnose),

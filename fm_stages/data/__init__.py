@@ -2,6 +2,7 @@
 
 from fm_stages.data.as_pictures import Pictures, pictures_of
 from fm_stages.data.atomic_files import PART, whole_file
+from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.batches import describe_shares
 from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_shard, sums_of_shard
 from fm_stages.data.image_files import ImageFiles, list_images, splits_of
@@ -46,6 +47,7 @@ __all__ = [
     "Planned",
     "Rows",
     "TrainingData",
+    "available_memory_bytes",
     "channel_statistics",
     "check_own_files",
     "combine_sums",

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fm_stages.data.bank import available_memory_bytes, bank_of
 from fm_stages.data.batches import accumulate, recount
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledRows
-from fm_stages.oracle import DataBank, GaussianMixtureBank, plan_bank, together
+from fm_stages.oracle import BankPlan, DataBank, GaussianMixtureBank, plan_bank, together
 
 
 class _ResumableLoader(DataLoader):
@@ -155,16 +155,25 @@ class TrainingData(L.LightningDataModule):
         """
         if self._bank is None:
             train = self._ready().train
-            num_rows = self.num_train * (2 if self.flip else 1)
             ranks = dist.get_world_size() if self._on_ranks else 1
             with together(dist.group.WORLD if ranks > 1 else None) as meeting:
                 meeting.size = self._memory_per_rank()
             memory = min(meeting.sizes)  # all must come to the same plan, and free memory differs
-            values, value_bytes = math.prod(train.shape), train.dtype.itemsize
-            plan = plan_bank(num_rows, values, value_bytes, memory, ranks, self.shard_bank)
+            plan = self.plan_bank(memory, ranks)
             own = plan.rows_of(dist.get_rank() if plan.sharded else 0)
             self._bank = bank_of(train, own, dist.group.WORLD if plan.sharded else None)
         return self._bank
+
+    def plan_bank(self, memory_bytes: float, num_ranks: int) -> BankPlan:
+        """How ranks of so much memory each would hold the bank, without making it.
+
+        Raises:
+            MemoryError: if it does not fit.
+        """
+        train = self._ready().train
+        num_rows = self.num_train * (2 if self.flip else 1)
+        values, value_bytes = math.prod(train.shape), train.dtype.itemsize
+        return plan_bank(num_rows, values, value_bytes, memory_bytes, num_ranks, self.shard_bank)
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the Trainer's place in the epoch on.

@@ -61,7 +61,7 @@ def plan_bank(
     num_rows: int,
     num_dims: int,
     value_bytes: int,
-    memory_bytes: int,
+    memory_bytes: float,
     num_ranks: int = 1,
     sharded: bool | None = None,
 ) -> BankPlan:
@@ -71,7 +71,7 @@ def plan_bank(
         num_rows: N, flips included.
         num_dims: D.
         value_bytes: bytes of a stored value.
-        memory_bytes: of each rank, where the bank will lie.
+        memory_bytes: of each rank, where the bank will lie; infinite, where that is not known.
         num_ranks: R.
         sharded: decides, if it is not None.
 

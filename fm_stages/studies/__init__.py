@@ -4,6 +4,7 @@ from fm_stages.studies.compare import compare_command
 from fm_stages.studies.convert import import_command, import_network
 from fm_stages.studies.diagnose import diagnose_command
 from fm_stages.studies.diagnose_measure import diagnose
+from fm_stages.studies.doctor import doctor_command
 from fm_stages.studies.encode import encode_command
 from fm_stages.studies.evaluate import evaluate_command
 from fm_stages.studies.export import export_command, export_file, export_folder
@@ -26,6 +27,7 @@ __all__ = [
     "compare_command",
     "diagnose",
     "diagnose_command",
+    "doctor_command",
     "encode_command",
     "evaluate_command",
     "export_command",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Facts:
         std: over all values.
         effective_dims: participation ratio (tr C)^2 / tr C^2 of the covariance C, from `SAMPLE` rows.
         nearest_distance: median distance to the nearest other row, root mean square per value, from `NEIGHBOURS` rows.
+        channel_mean: over all values of each channel; of rows that are no images one for all of them.
+        channel_std: likewise.
     """
 
     num_rows: int
@@ -56,6 +58,14 @@ class Facts:
     std: float
     effective_dims: float
     nearest_distance: float
+    channel_mean: list[float] = field(default_factory=list)
+    channel_std: list[float] = field(default_factory=list)
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether the values are of the noise's size, and on both sides of 0."""
+        low, high = USUAL_STD
+        return low <= self.std <= high and abs(self.mean) <= 2 * self.std and self.lowest < 0
 
 
 def check_distinct(bank: DataBank) -> int:
@@ -78,13 +88,16 @@ def facts_of(bank: DataBank, seed: int = 0) -> Facts:
         ValueError: if there are fewer than two distinct rows.
     """
     num_distinct = check_distinct(bank)
-    total, constant, lowest, highest = 0.0, 0, math.inf, -math.inf
-    mean = bank.mean.mean().item()
+    constant, lowest, highest = 0, math.inf, -math.inf
+    mean, squares = bank.mean.mean().item(), torch.zeros_like(bank.mean)
     for rows in _pieces(bank):
         low, high = rows.amin(1), rows.amax(1)
-        total += (rows.double() - mean).square().sum().item()
+        squares += (rows.double() - mean).square().sum(0)
         constant += int((low == high).sum())
         lowest, highest = min(lowest, low.min().item()), max(highest, high.max().item())
+    num_channels = bank.shape[0] if len(bank.shape) == 3 else 1
+    of_channel = bank.mean.view(num_channels, -1).mean(1)
+    variance = squares.view(num_channels, -1).mean(1) / bank.num_rows - (of_channel - mean).square()
     counts = bank.label_counts
     generator = keyed_generator("facts", seed)
     order = torch.randperm(bank.num_rows, generator=generator)
@@ -98,9 +111,11 @@ def facts_of(bank: DataBank, seed: int = 0) -> Facts:
         lowest=lowest,
         highest=highest,
         mean=mean,
-        std=math.sqrt(total / (bank.num_rows * bank.num_dims)),
+        std=math.sqrt(squares.mean().item() / bank.num_rows),
         effective_dims=effective_dims(bank.rows(order[:SAMPLE]).flatten(1).double() - bank.mean),
         nearest_distance=_nearest_distance(bank, order[:NEIGHBOURS]),
+        channel_mean=of_channel.tolist(),
+        channel_std=variance.clamp(min=0).sqrt().tolist(),
     )
 
 
@@ -120,8 +135,7 @@ def warnings_of(facts: Facts) -> list[str]:
             f"{which} a single sample: with such a label the posterior is that sample at every t, and a network can "
             "only memorize it."
         )
-    low, high = USUAL_STD
-    if not low <= facts.std <= high or abs(facts.mean) > 2 * facts.std or facts.lowest >= 0:
+    if not facts.is_normalised:
         found.append(
             f"values lie in [{facts.lowest:.3g}, {facts.highest:.3g}] with mean {facts.mean:.3g} and std "
             f"{facts.std:.3g}, those of the noise are 0 and 1: this data is not normalised, and its stages lie where "

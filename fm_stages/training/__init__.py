@@ -1,7 +1,10 @@
 """Training: the LightningModule, its targets, the callbacks, and the command line that puts them together."""
 
 from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, network_weights, read_checkpoint
+from fm_stages.training.checks import check_first_batch, check_num_rows
 from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
+from fm_stages.training.ema import ramped_decay
+from fm_stages.training.flops import step_flops
 from fm_stages.training.gap_density import GapDensity
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.launcher import find_launcher
@@ -13,8 +16,8 @@ from fm_stages.training.predictions import Predictions, predict_data, prediction
 from fm_stages.training.preemption import Preempted, Preemption
 from fm_stages.training.report import closed, report
 from fm_stages.training.samples import SampleGrid, save_grid
-from fm_stages.training.sharding import FSDP2Strategy
-from fm_stages.training.stages import expected_floors
+from fm_stages.training.sharding import FSDP2Strategy, check_strategy
+from fm_stages.training.stages import expected_floors, read_profile
 from fm_stages.training.steering import StageAware
 from fm_stages.training.subset_targets import ClassSubsetTarget, SharedBatchTarget
 from fm_stages.training.targets import (
@@ -56,6 +59,9 @@ __all__ = [
     "TemperedTarget",
     "Throughput",
     "TrainingCLI",
+    "check_first_batch",
+    "check_num_rows",
+    "check_strategy",
     "choose_wandb_mode",
     "closed",
     "config_files",
@@ -65,8 +71,11 @@ __all__ = [
     "network_weights",
     "predict_data",
     "prediction_figure",
+    "ramped_decay",
     "read_checkpoint",
+    "read_profile",
     "report",
     "save_grid",
+    "step_flops",
     "times_around",
 ]

@@ -155,7 +155,7 @@ class FlowMatching(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Draw t, noise and label dropout; interpolate; predict; regress. Returns what callbacks need."""
         x1, labels, position, index = self._unpack(batch, batch_idx)
-        t, x0, labels = self._draw(x1, labels, position)
+        t, x0, labels = self.draw(x1, labels, position)
         self.target.step = self.trainer.global_step
         x1, index = self.target.draw_data(x1, labels, index, position)
         x_t = self.path.interpolate(x0, x1, t)
@@ -222,8 +222,8 @@ class FlowMatching(L.LightningModule):
         raw = [("", self.network, self.val_loss)]
         return raw if self.network_ema is None else [*raw, ("_ema", self.network_ema, self.val_loss_ema)]
 
-    def _draw(self, x1: Tensor, labels: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Times (B,), noise (B, ...) and labels (B,) after dropout, for this step's places in the global batch."""
+    def draw(self, x1: Tensor, labels: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Times (B,), noise (B, ...) and labels (B,) after dropout, for this step's places (B,) in the global batch."""
         step = self.trainer.global_step
         num_strata = len(x1) * self.trainer.world_size * self.trainer.accumulate_grad_batches
         u = stratified_uniform(("t", self.seed, step), position, num_strata).to(x1.device)

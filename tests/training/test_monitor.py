@@ -262,8 +262,8 @@ class TestAlarm:
         """A coupling of noise and data: no row is wrong, but the identity does not hold."""
 
         class Coupled(WithoutIndex):
-            def _draw(self, x1, labels, position):
-                t, x0, labels = super()._draw(x1, labels, position)
+            def draw(self, x1, labels, position):
+                t, x0, labels = super().draw(x1, labels, position)
                 return t, x0 + x1, labels
 
         module = Coupled(make_network(), optimizer=lambda p: torch.optim.Adam(p, lr=5e-3))
