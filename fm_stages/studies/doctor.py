@@ -75,7 +75,11 @@ def doctor_command(arguments: list[str] | None = None) -> None:
     with _quiet():
         run = plan_run(of_fit)
         weights = load_weights(run, options.ckpt or run.config.ckpt_path)
-        lines = examine(run, weights)
+        try:
+            lines = examine(run, weights)
+        except KeyboardInterrupt:
+            print("\nfm-stages: interrupted", file=sys.stderr)
+            sys.exit(130)
     counts = Counter(line.level for line in lines)
     print(f"\n{', '.join(f'{counts[level]} {level}' for level in LEVELS)}, in {time.perf_counter() - start:.0f} s")
     if options.json is not None:

@@ -13,7 +13,7 @@ from fm_stages.flow import keyed_normal, stratified_uniform
 from fm_stages.oracle import DataBank, decompose
 from fm_stages.studies.doctor_lines import Line, judged
 from fm_stages.studies.doctor_run import PlannedRun
-from fm_stages.studies.facts import Facts, facts_of
+from fm_stages.studies.facts import USUAL_STD, Facts, facts_of
 from fm_stages.training import check_first_batch, check_num_rows
 
 COPIES = 0.1
@@ -40,7 +40,8 @@ def check_rows(run: PlannedRun) -> Iterator[Line]:
     bank = run.bank
     if not isinstance(bank, DataBank):
         mean, rms = bank.mean.mean().item(), bank.rms_norm / bank.num_dims**0.5
-        yield judged_scale(f"mean {mean:.3g}, root mean square {rms:.3g} per value (rows are distributions)", rms <= 5)
+        found = f"mean {mean:.3g}, root mean square {rms:.3g} per value (rows are distributions)"
+        yield judged_scale(found, USUAL_STD[0] <= rms <= USUAL_STD[1])
         return
     facts = facts_of(bank)
     yield check_scale(facts)

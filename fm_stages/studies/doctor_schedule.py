@@ -45,10 +45,10 @@ def check_weights(decay: float, steps: float) -> Line:
         return Line("sampled weights", "yellow", "raw: no average is kept (ema_decay 0)", remedy)
     full = math.inf if decay == 1 else 1 / (1 - decay)
     end = full if math.isinf(steps) else 1 / (1 - ramped_decay(decay, int(steps)))
-    lower = "" if end > 0.99 * full else f", which begins lower: {end:.4g} steps at the end of this run"
+    lower = "" if end > 0.99 * full else f", which begins lower: {end:,.0f} steps at the end of this run"
     return judged(
         "sampled weights",
-        f"EMA, decay {decay:g}: the average looks back over some {full:.4g} steps{lower}",
+        f"EMA, decay {decay:g}: the average looks back over some {full:,.0f} steps{lower}",
         ("yellow", end < SHORT, "That is hardly an average: raise --model.ema_decay (0.999 for short runs)."),
     )
 

@@ -12,6 +12,7 @@ from fm_stages.studies import doctor_oracle
 from fm_stages.studies.doctor_machine import checkpoint_bytes
 from fm_stages.studies.doctor_run import plan_run
 from fm_stages.training import CONFIG_KEY
+from tests.data import latent_folders
 
 DIGITS = Path(__file__).parents[2] / "configs/digits_dit.yaml"
 NETWORK = "--model.network.init_args"
@@ -225,6 +226,32 @@ def test_a_bank_that_fits_no_process_leaves_the_other_lines(diagnosed, monkeypat
     _, lines = diagnosed()
     assert lines["bank"]["level"] == "yellow"
     assert {"noise", "times", "forward", "disk"} <= set(lines)
+
+
+@pytest.mark.parametrize(("multiplier", "level"), [(0.1, "green"), (0.01, "red"), (6.0, "red")])
+def test_rows_that_are_distributions(command, planted, tmp_path, multiplier, level):
+    for split, num in (("train", 60), ("val", 12)):
+        latent_folders.write_indexed(tmp_path / split, ("mean", "std"), num)
+    data = {"data_dir": "train", "val_dir": "val", "normalisation": "none", "multiplier": multiplier, "batch_size": 24}
+    arguments = {**data, "vae": "none", "flip": False}
+    overlay = {"data": {"class_path": "fm_stages.data.Latents", "init_args": arguments}}
+    Path("latents.yaml").write_text(yaml.safe_dump(overlay))
+    done = command("doctor", "--config", planted, "--config=latents.yaml", "--json=report.json")
+    assert done.status in (0, 1), done.err
+    lines = {line["name"]: line for line in json.loads(Path("report.json").read_text())["lines"]}
+    assert "rows are distributions" in lines["scale"]["found"]
+    assert lines["scale"]["level"] == level, done.out
+    assert {lines[name]["level"] for name in ("bank", "identity", "noise", "forward", "memory")} == {"green"}
+
+
+def test_an_interruption_ends_with_one_line(command, planted, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor_module, "check_labels", interrupt)
+    done = command("doctor", "--config", planted)
+    assert done.status == 130
+    assert done.err.strip().endswith("fm-stages: interrupted")
 
 
 MISTAKES = {

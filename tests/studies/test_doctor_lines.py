@@ -167,8 +167,8 @@ class TestSchedule:
         [
             (0.0, 1000, "yellow", "raw"),
             (0.5, 1000, "yellow", "hardly an average"),
-            (0.9999, 1000, "green", "112.2 steps at the end"),  # (10 + 1000) / 9
-            (0.999, 100_000, "green", "back over some 1000 steps"),
+            (0.9999, 1000, "green", "112 steps at the end"),  # (10 + 1000) / 9
+            (0.999, 100_000, "green", "back over some 1,000 steps"),
             (1.0, 1000, "green", "inf"),
         ],
     )
