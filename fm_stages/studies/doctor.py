@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -68,8 +69,8 @@ def doctor_command(arguments: list[str] | None = None) -> None:
     """
     start = time.perf_counter()
     options, of_fit = doctor_parser().parse_known_args(sys.argv[2:] if arguments is None else arguments)
-    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).absolute().parent}")
+    if options.json is not None:
+        _check_file(Path(options.json).absolute())
     if options.profile is not None:
         of_fit += ["--monitor.profile", options.profile]
     with _quiet():
@@ -87,6 +88,14 @@ def doctor_command(arguments: list[str] | None = None) -> None:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     if counts["red"] or (options.strict and counts["yellow"]):
         sys.exit(1)
+
+
+def _check_file(file: Path) -> None:
+    """Refuse now what could not be written after all checks."""
+    if not file.parent.is_dir():
+        raise ValueError(f"--json {file.name}: there is no folder {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"--json {file}: is a folder, or may not be written: give another file")
 
 
 def examine(run: PlannedRun, weights: str | None) -> list[Line]:

@@ -161,16 +161,24 @@ class PlannedRun:
 
 
 def planned_ranks(config: Namespace) -> int:
-    """Ranks that ``--trainer.devices`` and ``--trainer.num_nodes`` ask for; "auto": as many GPUs as there are here."""
+    """Ranks that ``--trainer.devices`` and ``--trainer.num_nodes`` ask for; "auto": as many GPUs as there are here.
+
+    Raises:
+        ValueError: if they ask for none.
+    """
     devices = config.trainer.devices
-    if isinstance(devices, str) and devices.isdecimal():
-        devices = int(devices)
     if devices in ("auto", -1, "-1"):
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-        devices = max(torch.cuda.device_count(), 1) if on_gpu else 1
-    elif not isinstance(devices, int):
-        devices = len(devices if isinstance(devices, list) else str(devices).split(","))
-    return max(devices, 1) * config.trainer.num_nodes
+        return max(torch.cuda.device_count() if on_gpu else 1, 1) * config.trainer.num_nodes
+    if isinstance(devices, str):  # one number, or the numbers of some devices
+        numbers = devices.strip(",").split(",")
+        if not all(number.strip().isdecimal() for number in numbers):
+            raise ValueError(f"--trainer.devices {devices}: give how many on each node, or auto")
+        devices = int(devices) if "," not in devices else numbers
+    ranks: int = (len(devices) if isinstance(devices, list) else devices) * config.trainer.num_nodes
+    if ranks < 1:
+        raise ValueError(f"--trainer.devices {devices} --trainer.num_nodes {config.trainer.num_nodes}: give 1 or more")
+    return ranks
 
 
 def plan_run(arguments: list[str]) -> PlannedRun:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 from fm_stages.studies import doctor as doctor_module
 from fm_stages.studies import doctor_oracle
 from fm_stages.studies.doctor_machine import checkpoint_bytes
-from fm_stages.studies.doctor_run import plan_run
+from fm_stages.studies.doctor_run import plan_run, planned_ranks
 from fm_stages.training import CONFIG_KEY
 from tests.data import latent_folders
 
@@ -178,6 +179,12 @@ def test_ranks_of_the_job_are_planned_for(diagnosed):
     assert "on each of 6 ranks" in lines["cost of oracle"]["found"]
 
 
+@pytest.mark.parametrize(("devices", "ranks"), [(2, 2), ("4", 4), ("0,1,3", 3), ("1,", 1), ([0, 1], 2), ("auto", 1)])
+def test_devices_in_all_of_their_forms(devices, ranks):
+    trainer = SimpleNamespace(devices=devices, num_nodes=3, accelerator="cpu")
+    assert planned_ranks(SimpleNamespace(trainer=trainer)) == 3 * ranks
+
+
 def test_yellow_is_red_under_strict(command, planted):
     arguments = ("doctor", "--config", planted, "--model.ema_decay=0")
     assert command(*arguments).status == 0
@@ -257,7 +264,10 @@ def test_an_interruption_ends_with_one_line(command, planted, monkeypatch):
 MISTAKES = {
     "option": (["--modle.ema_decay=0"], "modle"),
     "batch": (["--trainer.devices=7"], "do not divide into 7 ranks"),
-    "json": (["--json=nowhere/x.json"], "--json nowhere/x.json: there is no folder"),
+    "json": (["--json=nowhere/x.json"], "--json x.json: there is no folder"),
+    "json is a folder": (["--json=."], "is a folder"),
+    "devices": (["--trainer.devices=nonsense"], "--trainer.devices nonsense"),
+    "no device": (["--trainer.devices=0"], "give 1 or more"),
     "no checkpoint": (["--ckpt=none.ckpt"], "no checkpoint at none.ckpt"),
     "no profile": (["--profile=none.json"], "none.json"),
     "foreign weights": (["--ckpt=other.ckpt"], "other.ckpt does not fit the network"),
