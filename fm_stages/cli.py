@@ -81,12 +81,19 @@ def _features() -> None:
     features_command()
 
 
+def _replay() -> None:
+    from fm_stages.studies import replay_command
+
+    replay_command()
+
+
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
     "doctor": ("what would waste a run, before it starts; takes what fit takes: --config X.yaml", _doctor),
+    "replay": ("a step that the guards of a run found, once more: --record RUN/flight/step_XXXXXXX", _replay),
     "encode": ("images to latents, once: --data FOLDER --vae NAME_OR_PATH --out DIR", _encode),
     "profile": ("where the stages of a training set lie, before training: --data X", _profile),
     "diagnose": ("regular loss, gap and floor by t of trained checkpoints: --ckpt FILE [--ckpt FILE]", _diagnose),

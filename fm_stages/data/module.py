@@ -237,6 +237,16 @@ class TrainingData(L.LightningDataModule):
         if more is not None:
             place.update(accumulation=new, batches=place["batches"] + more)
 
+    def pass_over(self, checkpoint: dict[str, Any], num_steps: int) -> None:
+        """Let a checkpoint of this data go on after the batches of its next optimizer steps, in its place in the data.
+
+        Args:
+            checkpoint: changed in place.
+            num_steps: how many batches nobody will see.
+        """
+        place = checkpoint[type(self).__qualname__]
+        place["samples"] += num_steps * place["batch_size"]
+
     @property
     def _on_ranks(self) -> bool:
         """Whether there are ranks to work with; while a run is only being checked there are none yet."""

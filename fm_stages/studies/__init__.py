@@ -13,6 +13,7 @@ from fm_stages.studies.features_networks import DinoFeatures, InceptionFeatures
 from fm_stages.studies.features_train import features_command
 from fm_stages.studies.handover import handover_command
 from fm_stages.studies.profile import profile_command
+from fm_stages.studies.replay import replay_command
 from fm_stages.studies.runs import load_run
 from fm_stages.studies.sample import sample_command
 from fm_stages.studies.sources import Source, open_source
@@ -40,6 +41,7 @@ __all__ = [
     "load_run",
     "open_source",
     "profile_command",
+    "replay_command",
     "sample_command",
     "study_stages",
 ]

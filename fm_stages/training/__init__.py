@@ -1,11 +1,13 @@
 """Training: the LightningModule, its targets, the callbacks, and the command line that puts them together."""
 
+from fm_stages.training import flight
 from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, network_weights, read_checkpoint
 from fm_stages.training.checks import check_first_batch, check_num_rows
 from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
 from fm_stages.training.ema import ramped_decay
 from fm_stages.training.flops import step_flops
 from fm_stages.training.gap_density import GapDensity
+from fm_stages.training.guards import Guards, GuardStop
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.launcher import find_launcher
 from fm_stages.training.loggers import choose_wandb_mode
@@ -15,6 +17,7 @@ from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, T
 from fm_stages.training.predictions import Predictions, predict_data, prediction_figure, times_around
 from fm_stages.training.preemption import Preempted, Preemption
 from fm_stages.training.report import closed, report
+from fm_stages.training.rewinding import Rewind, find_before, fit_with_rewinds
 from fm_stages.training.samples import SampleGrid, save_grid
 from fm_stages.training.sharding import FSDP2Strategy, check_strategy
 from fm_stages.training.stages import expected_floors, read_profile
@@ -41,6 +44,8 @@ __all__ = [
     "FSDP2Strategy",
     "FlowMatching",
     "GapDensity",
+    "GuardStop",
+    "Guards",
     "HeldOut",
     "HybridTarget",
     "OracleMonitor",
@@ -49,6 +54,7 @@ __all__ = [
     "Preempted",
     "Preemption",
     "Predictions",
+    "Rewind",
     "SampleGrid",
     "SharedBatchTarget",
     "ShiftToBoundary",
@@ -66,7 +72,10 @@ __all__ = [
     "closed",
     "config_files",
     "expected_floors",
+    "find_before",
     "find_launcher",
+    "fit_with_rewinds",
+    "flight",
     "init_from",
     "network_weights",
     "predict_data",

@@ -24,6 +24,7 @@ from fm_stages.training.checkpoints import (
     init_from,
     read_checkpoint,
 )
+from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
@@ -31,6 +32,7 @@ from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.preemption import Preemption
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
+from fm_stages.training.rewinding import fit_with_rewinds
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
@@ -63,6 +65,7 @@ SECTIONS = (
     "samples",
     "throughput",
     "checkpoints",
+    "guards",
     "init_from",
     "ckpt_path",
     "weights_only",
@@ -164,6 +167,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks of every run, each a section of the config, and the weights to start from."""
         for callback, section in (
+            (Guards, "guards"),
             (OracleMonitor, "monitor"),
             (StageAware, "steering"),
             (SampleGrid, "samples"),
@@ -243,6 +247,10 @@ class TrainingCLI(LightningCLI):
         rank_zero_info(init_from(self.model.network, config.init_from, {x: model[x] for x in ("network", "path")}))
         if self.model.network_ema is not None:
             self.model.network_ema.load_state_dict(self.model.network.state_dict())
+
+    def fit(self, **arguments: Any) -> None:
+        """``Trainer.fit``, and again from where the guards go back to."""
+        fit_with_rewinds(self.trainer, **arguments)
 
     def before_validate(self) -> None:
         """Validation measures the checkpoint that --ckpt_path names."""

@@ -87,6 +87,10 @@ class FlowMatching(L.LightningModule):
         self.ema_decay = ema_decay
         self.seed = seed
         self.loaded_step = 0
+        self.step_outputs: dict[str, Tensor] | None = None
+        """What the newest `training_step` made of its batch, and the error of each sample, until it is over."""
+        self.skipped_step = -1
+        """The newest step that `Guards` left out, counted after it."""
         self.val_loss = MeanMetric()
         self.val_loss_ema = MeanMetric()
         if compile:
@@ -166,7 +170,13 @@ class FlowMatching(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(t))
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(t))
         seen = {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "prediction": prediction.detach(), "labels": labels}
-        return {"loss": loss + self.weighting.own_loss(t, error), **seen, **({} if index is None else {"index": index})}
+        seen |= {} if index is None else {"index": index}
+        self.step_outputs = {**seen, "error": error.detach()}
+        return {"loss": loss + self.weighting.own_loss(t, error), **seen}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let go of the batch."""
+        self.step_outputs = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Regular loss at uniform t on held-out data, of raw and EMA weights; noise and t are fixed per image."""
@@ -203,9 +213,10 @@ class FlowMatching(L.LightningModule):
         return {"x0": x0, "x1": x1, "x_t": x_t, "t": t, "labels": labels, **predictions}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the average follow."""
+        """Step, then let the average follow, unless the step was left out."""
         super().optimizer_step(*args, **kwargs)
-        if self.network_ema is not None:
+        left_out = all(parameter.grad is None for parameter in self.network.parameters())  # by `Guards`
+        if self.network_ema is not None and not left_out:
             update_twin(self.network_ema, self.network, ramped_decay(self.ema_decay, self.trainer.global_step))
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,86 @@
+"""Back to the last good checkpoint, and past the batches between it and the step that went wrong.
+
+The way back is a file: last.ckpt becomes the good checkpoint with another place in the data. Whoever resumes from it,
+this process or one that is started after a kill, passes over the same batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fm_stages.data import TrainingData, whole_file
+from fm_stages.training.resume import LAST
+
+
+class Rewind(Exception):  # noqa: N818 - it is no error: `fit_with_rewinds` goes on
+    """Training goes on from another checkpoint, which takes a new ``fit``.
+
+    Attributes:
+        path: of that checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"training goes back: resume from {path} (fm-stages fit does so by itself)")
+        self.path = path
+
+
+def fit_with_rewinds(trainer: L.Trainer, **arguments: Any) -> None:
+    """``trainer.fit``, again and again from where the guards go back to."""
+    while True:
+        try:
+            return trainer.fit(**arguments)
+        except Rewind as back:
+            arguments["ckpt_path"] = str(back.path)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._last_global_step_saved = 0  # else steps that were saved before would not be saved again
+
+
+def find_before(folder: Path, step: int) -> Path | None:
+    """The newest whole checkpoint in a folder that is not later than a step."""
+    found = []
+    for file in folder.glob("*.ckpt"):
+        try:  # mapped into memory: the weights are not read
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found.append((int(loaded["global_step"]), file.name, file))
+        except Exception:  # a file that cannot be read is no way back
+            continue
+    early = [entry for entry in found if entry[0] <= step]
+    return max(early)[2] if early else None
+
+
+def find_good(folder: Path, step: int) -> Path | None:
+    """Where to go back to from a step: to weights that have been through a step since, or else to its own.
+
+    What is wrong at a step may be wrong with the weights that it began with.
+    """
+    return find_before(folder, step - 1) or find_before(folder, step)
+
+
+def write_rewound(good: Path, folder: Path, step: int, data: TrainingData, state_key: str, state: dict) -> int:
+    """Let last.ckpt be a good checkpoint that goes on with the batches after those of ``step``.
+
+    Args:
+        good: from `find_good`.
+        folder: of last.ckpt.
+        step: the first step that is not taken back; batches of all steps from the checkpoint's to this one are left.
+        data: whose place moves on.
+        state_key: of the guards, in the checkpoint.
+        state: numbers of the guards that replace the checkpoint's.
+
+    Returns:
+        The step of the checkpoint.
+    """
+    checkpoint = torch.load(good, map_location="cpu", weights_only=True)
+    back = int(checkpoint["global_step"])
+    data.pass_over(checkpoint, step + 1 - back)
+    callbacks = checkpoint.setdefault("callbacks", {})
+    callbacks[state_key] = {**callbacks.get(state_key, {}), **state}
+    with whole_file(folder / LAST) as part:
+        torch.save(checkpoint, part)
+    return back
