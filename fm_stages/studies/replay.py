@@ -68,7 +68,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not a flight record: {error}") from error
     needed = {"step", "kind", "action", "what", "device", "precision", "seed", "parts", "config", "loss_by_t"}
-    if not isinstance(record, dict) or (missing := needed - set(record)):
+    if missing := needed - set(record if isinstance(record, dict) else ()):
         raise ValueError(f"{file} is not a flight record: it lacks {', '.join(sorted(missing))}")
     if not record["parts"] or not all("t" in part for part in record["parts"]):
         raise ValueError(f"{file} does not say at which t it was: only steps of FlowMatching can be replayed")

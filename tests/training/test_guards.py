@@ -329,3 +329,24 @@ def test_bad_options_are_refused(arguments, message):
     with pytest.raises(ValueError, match="guards: ") as error:
         Guards(**arguments)
     assert message in str(error.value)
+
+
+def test_two_ranks(launch, tmp_path):
+    """NaN on rank 1 alone: both ranks decide alike, whole weights or sharded ones, and nobody hangs."""
+    ranks = launch(Path(__file__).with_name("guarded_ranks.py"), tmp_path, 2, "cpu")
+    for strategy in ("ddp", "fsdp"):
+        first = ranks[0][strategy]
+        for seen in (rank[strategy] for rank in ranks):
+            for one, other in (("plain", "quiet"), ("skip", "by hand"), ("rewind", "moved")):
+                assert same(seen[one], seen[other]), (strategy, one)
+                assert same(seen[one], first[one]), (strategy, one)
+            assert not same(seen["skip"], seen["plain"])
+            actions = {name: [(e["step"], e["action"]) for e in events] for name, events in seen["events"].items()}
+            assert actions == {name: [(3, name)] for name in ("skip", "rewind", "stop")}
+            assert "(ranks 1)" in seen["events"]["skip"][0]["what"]
+            assert seen["status"] == 65
+            assert seen["bad"] == [(1, 0)]
+            assert seen["numbers"] == first["numbers"]
+        assert {"record.json", "rank0.safetensors", "rank1.safetensors"} <= set(first["files"])
+    for name, numbers in ranks[0]["ddp"]["numbers"].items():
+        assert numbers == pytest.approx(ranks[0]["fsdp"]["numbers"][name], rel=1e-5)
