@@ -150,13 +150,15 @@ class Guards(L.Callback):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        loss, norm = measure_step(self._loss / scale, optimizer, trainer.world_size)
+        loss, norm, own_norm = measure_step(self._loss / scale, optimizer, trainer.world_size)
         kind, what = self._judge(loss, norm, watch_norm=scaler is None)
         try:
             if kind:
                 self._act(trainer, pl_module, optimizer, kind, what, {"loss": loss, "gradient_norm": norm})
             else:
                 self.num_in_a_row = 0
+            if isinstance(pl_module, FlowMatching):
+                pl_module.gradient_norm = own_norm  # the clipping need not compute it again
         finally:
             self._loss = self._batch = None
             self._flight.clear()

@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torchmetrics import MeanMetric
 
@@ -89,6 +91,8 @@ class FlowMatching(L.LightningModule):
         self.loaded_step = 0
         self.step_outputs: dict[str, Tensor] | None = None
         """What the newest `training_step` made of its batch, and the error of each sample, until it is over."""
+        self.gradient_norm: Tensor | None = None
+        """Of the step that is about to be made, if `Guards` has computed it."""
         self.skipped_step = -1
         """The newest step that `Guards` left out, counted after it."""
         self.val_loss = MeanMetric()
@@ -218,6 +222,20 @@ class FlowMatching(L.LightningModule):
         left_out = all(parameter.grad is None for parameter in self.network.parameters())  # by `Guards`
         if self.network_ema is not None and not left_out:
             update_twin(self.network_ema, self.network, ramped_decay(self.ema_decay, self.trainer.global_step))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, by the norm that is known where it is."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        if norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and linear warm-up by step where asked for."""

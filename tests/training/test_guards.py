@@ -92,11 +92,17 @@ def read(name: str, folder: str = "run") -> dict:
     return json.loads(Path(folder, "flight", name, "record.json").read_text())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_where_nothing_happens_the_run_is_the_same_to_the_last_bit(fit, accumulation):
+CLIPPING = [{"gradient_clip_val": 0.1}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, {}]
+
+
+@pytest.mark.parametrize(
+    "options", [*({**clip, "accumulate_grad_batches": 2} for clip in CLIPPING), {"gradient_clip_val": None}]
+)
+def test_where_nothing_happens_the_run_is_the_same_to_the_last_bit(fit, options):
+    """Gradients are clipped, by the norm that the guards computed or otherwise, or not."""
     guards = Guards(spike="skip", nonfinite="rewind")
-    guarded = fit("run", guards, accumulate_grad_batches=accumulation)
-    assert same(guarded, fit("plain", accumulate_grad_batches=accumulation))
+    guarded = fit("run", guards, **options)
+    assert same(guarded, fit("plain", **options))
     assert guards.events == []
     assert not records()
 
@@ -302,7 +308,7 @@ class TestNumbers:
         parameters = [torch.nn.Parameter(torch.zeros(a.shape)) for a in arrays] + [torch.nn.Parameter(torch.ones(3))]
         for parameter, array in zip(parameters, arrays, strict=False):
             parameter.grad = torch.from_numpy(array)
-        loss, norm = measure_step(torch.tensor(0.25), torch.optim.SGD(parameters, 0.1), 1)
+        loss, norm, _ = measure_step(torch.tensor(0.25), torch.optim.SGD(parameters, 0.1), 1)
         assert loss == 0.25
         assert norm == pytest.approx(math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in arrays)), rel=1e-6)
 
@@ -311,7 +317,7 @@ class TestNumbers:
         parameter = torch.nn.Parameter(torch.zeros(100))
         parameter.grad = torch.zeros(100)
         parameter.grad[41] = bad
-        assert not math.isfinite(measure_step(torch.tensor(0.0), torch.optim.SGD([parameter], 0.1), 1)[1])
+        assert not math.isfinite(measure_step(torch.tensor(0.0), torch.optim.SGD([parameter], 0.1), 1).norm)
 
 
 @pytest.mark.parametrize(
