@@ -237,15 +237,15 @@ class TrainingData(L.LightningDataModule):
         if more is not None:
             place.update(accumulation=new, batches=place["batches"] + more)
 
-    def pass_over(self, checkpoint: dict[str, Any], num_steps: int) -> None:
-        """Let a checkpoint of this data go on after the batches of its next optimizer steps, in its place in the data.
+    def pass_over(self, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint of an earlier step go on with the data after the step that is being made now.
 
         Args:
-            checkpoint: changed in place.
-            num_steps: how many batches nobody will see.
+            checkpoint: of this data; changed in place.
         """
-        place = checkpoint[type(self).__qualname__]
-        place["samples"] += num_steps * place["batch_size"]
+        epoch, samples = self._place()  # micro-batches that are done: not yet the one that completes this step
+        after = (samples // self.batch_size + 1) * self.batch_size
+        checkpoint[type(self).__qualname__].update(epoch=epoch, samples=after)
 
     @property
     def _on_ranks(self) -> bool:

@@ -252,7 +252,7 @@ class Guards(L.Callback):
             state = {"rewinds": self.rewinds + 1, "events": self.events, "num_in_a_row": 0}
             assert self._good is not None
             try:
-                write_rewound(self._good, folder, trainer.global_step, data, self.state_key, state)
+                write_rewound(self._good, folder, data, self.state_key, state)
             except OSError as error:
                 failure = str(error)
         if failure := trainer.strategy.broadcast(failure):

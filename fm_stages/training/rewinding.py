@@ -62,25 +62,21 @@ def find_good(folder: Path, step: int) -> Path | None:
     return find_before(folder, step - 1) or find_before(folder, step)
 
 
-def write_rewound(good: Path, folder: Path, step: int, data: TrainingData, state_key: str, state: dict) -> int:
-    """Let last.ckpt be a good checkpoint that goes on with the batches after those of ``step``.
+def write_rewound(good: Path, folder: Path, data: TrainingData, state_key: str, state: dict) -> None:
+    """Let last.ckpt be a good checkpoint that goes on with the batches after the one that is being trained on.
+
+    The data never go back: what was passed over once stays so, however often and how far the weights go back.
 
     Args:
         good: from `find_good`.
         folder: of last.ckpt.
-        step: the first step that is not taken back; batches of all steps from the checkpoint's to this one are left.
-        data: whose place moves on.
+        data: whose place now is the new one.
         state_key: of the guards, in the checkpoint.
         state: numbers of the guards that replace the checkpoint's.
-
-    Returns:
-        The step of the checkpoint.
     """
     checkpoint = torch.load(good, map_location="cpu", weights_only=True)
-    back = int(checkpoint["global_step"])
-    data.pass_over(checkpoint, step + 1 - back)
+    data.pass_over(checkpoint)
     callbacks = checkpoint.setdefault("callbacks", {})
     callbacks[state_key] = {**callbacks.get(state_key, {}), **state}
     with whole_file(folder / LAST) as part:
         torch.save(checkpoint, part)
-    return back

@@ -67,8 +67,16 @@ class Rows(L.Callback):
 def fit(make_module, make_data, make_trainer):
     """Weights, average and the optimizer's state after a run."""
 
-    def run(folder: str, *callbacks: L.Callback, steps: int = STEPS, ckpt_path=None, every: int = 2, **kwargs) -> dict:
-        checkpoints = Checkpoints(monitor=None, every_n_train_steps=every)
+    def run(
+        folder: str,
+        *callbacks: L.Callback,
+        steps: int = STEPS,
+        ckpt_path=None,
+        every: int = 2,
+        save_all=False,
+        **kwargs,
+    ):
+        checkpoints = Checkpoints(monitor=None, every_n_train_steps=every, save_top_k=-1 if save_all else 1)
         settings = {"default_root_dir": folder, "enable_checkpointing": True, "gradient_clip_val": 1.0, **kwargs}
         module = make_module(warmup_steps=3, ema_decay=0.9)
         trainer = make_trainer(steps, callbacks=[*callbacks, checkpoints], **settings)
@@ -197,6 +205,16 @@ class TestRewind:
         steps = [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
         batches = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
         assert rows.seen == [(s, order[b]) for s, b in zip(steps, batches, strict=True)]
+
+    def test_what_was_passed_over_once_stays_so(self, fit):
+        """A step of which the run has a checkpoint fails, and then another one twice."""
+        rows = Rows()
+        guards = Guards(nonfinite="rewind", max_rewinds=5)
+        fit("run", guards, rows, Spoil(5, times=2), Spoil(4), save_all=True)
+        assert guards.rewinds == 3
+        assert [step for step, _ in rows.seen] == [0, 1, 2, 3, 4, 2, 3, 4, 5, 4, 5, 4, 5, 6, 7]
+        per_epoch = [set().union(*(set(seen) for _, seen in rows.seen[i : i + 3])) for i in range(0, 15, 3)]
+        assert all(len(images) == 60 for images in per_epoch)  # each epoch's three batches, none twice
 
     def test_a_kill_after_it_does_not_bring_the_batches_back(self, fit, make_data):
         class Kill(L.Callback):
