@@ -164,7 +164,7 @@ class TestRun:
         """As in diffusion code: then the floor is that of uniform t, and said to be."""
         module = make_module(label_dropout=0.3)
         sampler = module.timesteps
-        draw = module._draw
+        draw = module.draw
 
         def own_draw(*args):
             module.timesteps = sampler
@@ -173,7 +173,7 @@ class TestRun:
             finally:
                 module.timesteps = 1000
 
-        module._draw, module.timesteps = own_draw, 1000
+        module.draw, module.timesteps = own_draw, 1000
         with caplog.at_level(logging.INFO):
             make_trainer(1, callbacks=[OracleMonitor(1, 1, profile=FILE)], logger=csv()).fit(
                 module, datamodule=make_data()
