@@ -220,7 +220,7 @@ class Guards(L.Callback):
         if policy == "record":
             return "record", "Training goes on."
         if policy == "stop":
-            return "stop", "The last checkpoint is untouched."
+            return "stop", "This step has reached no weights and no checkpoint."
         if policy == "skip":
             if self.num_in_a_row > self.max_skips:
                 return "stop", (
