@@ -23,6 +23,8 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 
 def _by_block(draw: Callable[[torch.Generator], Tensor], positions: Tensor, key: tuple, device: torch.device) -> Tensor:
     """Rows ``positions`` (B,) of an endless table whose block b is ``draw(generator of (*key, b))``."""
+    if not len(positions):  # what a rank without samples of its own has to draw
+        return draw(keyed_generator(*key, 0, device=device))[:0]
     blocks, inverse = torch.unique(positions.cpu() // BLOCK, return_inverse=True)
     table = torch.cat([draw(keyed_generator(*key, b, device=device)) for b in blocks.tolist()])
     return table[(inverse * BLOCK + positions.cpu() % BLOCK).to(device)]

@@ -77,8 +77,10 @@ class LogitNormalTimesteps(TimestepSampler):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if not std > 0:
-            raise ValueError(f"the standard deviation of logit(t) must be positive, got {std}")
+        if not math.isfinite(mean):
+            raise ValueError(f"the mean of logit(t) must be a finite number, got {mean}")
+        if not 0 < std < math.inf:
+            raise ValueError(f"the standard deviation of logit(t) must be positive and finite, got {std}")
         self.mean = mean
         self.std = std
 

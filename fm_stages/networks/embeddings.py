@@ -66,6 +66,22 @@ class TimeEmbedding(nn.Module):
             return self.mlp(time_features(self.scale * t).to(next(self.mlp.parameters()).dtype))
 
 
+def null_row_is_untrained(table: Tensor) -> bool:
+    """Whether the null class's row is no larger than it was drawn, while most rows of classes have grown.
+
+    A row that no sample has asked for gets no gradient, and weight decay can only make it smaller. Early in a training
+    a row that is asked for can still be as small; then classes have not grown by much either.
+
+    Args:
+        table: (num_classes + 1, D), the weights of a `LabelEmbedding`; its last row stands for the null class.
+    """
+    if len(table) < 2:
+        return False
+    size = table.float().square().mean(1).sqrt()  # (num_classes + 1,)
+    drawn = INITIAL_STD * (1 + 4 / math.sqrt(2 * table.shape[1]))  # and 4 standard deviations
+    return bool(size[-1] < drawn and size[:-1].median() > 4 * drawn)
+
+
 class LabelEmbedding(nn.Module):
     """Labels (B,) to (B, D). Row ``num_classes`` of the table stands for the null class, label -1."""
 
@@ -80,16 +96,8 @@ class LabelEmbedding(nn.Module):
 
     @property
     def null_is_untrained(self) -> bool:
-        """Whether the null class's row is no larger than it was drawn, while most rows of classes have grown.
-
-        A row that no sample has asked for gets no gradient, and weight decay can only make it smaller. Early in a
-        training a row that is asked for can still be as small; then classes have not grown by much either.
-        """
-        if self.num_classes == 0:
-            return False
-        size = self.embedding_table.weight.detach().float().square().mean(1).sqrt()  # (num_classes + 1,)
-        drawn = INITIAL_STD * (1 + 4 / math.sqrt(2 * self.embedding_table.embedding_dim))  # and 4 standard deviations
-        return bool(size[-1] < drawn and size[:-1].median() > 4 * drawn)
+        """Whether `null_row_is_untrained`."""
+        return null_row_is_untrained(self.embedding_table.weight.detach())
 
     def forward(self, y: Tensor) -> Tensor:
         valid = (y >= 0) & (y < self.num_classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -27,7 +26,7 @@ from fm_stages.studies.compare_arms import (
     resolve_arms,
 )
 from fm_stages.studies.compare_measure import Probe, ProbeSettings, measure_stages
-from fm_stages.studies.compare_report import Comparison, plain, write_report
+from fm_stages.studies.compare_report import Comparison, write_report
 from fm_stages.studies.compare_runs import (
     Run,
     RunFailedError,
@@ -38,9 +37,9 @@ from fm_stages.studies.compare_runs import (
     train,
     training_seconds,
     write_arms,
-    write_atomically,
 )
 from fm_stages.studies.runs import build_run
+from fm_stages.studies.text_files import write_json, write_text
 from fm_stages.training import read_checkpoint
 
 
@@ -133,7 +132,7 @@ class _Comparing:
     def commands(self) -> str:
         """What runs the comparison on a cluster."""
         words = self._option_words()
-        write_atomically(self.out / "sweep.yaml", sweep(self.runs, words, self.out.name))
+        write_text(self.out / "sweep.yaml", sweep(self.runs, words, self.out.name))
         return cluster_commands(self.runs, words) + (
             f"\n# Or as a wandb sweep:\n# wandb sweep {self.out / 'sweep.yaml'}"
         )
@@ -228,7 +227,7 @@ class _Comparing:
                     f"{self.out} holds a comparison in which {what} had {key}={old!r}, now it is {value!r}: restore "
                     "it, or give another folder with --out"
                 )
-        write_atomically(file, yaml.safe_dump({**now, "arms": {**known["arms"], **now["arms"]}}, sort_keys=False))
+        write_text(file, yaml.safe_dump({**now, "arms": {**known["arms"], **now["arms"]}}, sort_keys=False))
 
     def _run(self, arm: Arm, seed: int) -> Run:
         same_mix = arm.config["model"]["label_dropout"] == self.module.label_dropout
@@ -269,7 +268,7 @@ def _finish(run: Run, probe: Probe, group: str, bar: tqdm) -> None:
         found = {"arm": run.arm.name, "seed": run.seed, "config_hash": run.arm.config_hash}
         found |= {"steps": checkpoint["global_step"], "train_sec": training_seconds(checkpoint)}
         found |= probe.measure(network, checkpoint, list(run.milestone_folder.glob("*.ckpt")))
-        write_atomically(run.result_file, json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
+        write_json(run.result_file, found)
         shutil.rmtree(run.milestone_folder, ignore_errors=True)
 
 

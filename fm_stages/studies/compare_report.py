@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -19,8 +18,8 @@ from fm_stages import plots
 from fm_stages.oracle import StageProfile
 from fm_stages.studies.compare_measure import METRICS, NUM_SUBSETS, PROGRESS, ProbeSettings
 from fm_stages.studies.compare_progress import Results, cost_of_step, equal_time, progress_curves
-from fm_stages.studies.compare_runs import write_atomically
 from fm_stages.studies.compare_statistics import Paired, mean_of, paired
+from fm_stages.studies.text_files import write_json, write_text
 
 COLUMNS = {**METRICS, "train_sec": "training time (s)"}
 """Names of all compared numbers in words."""
@@ -113,7 +112,7 @@ class Comparison:
 
 def write_report(comparison: Comparison, out: Path) -> None:
     """Write ``report.md``, ``report.json`` and the figures."""
-    write_atomically(out / "report.json", json.dumps(plain(_numbers(comparison)), indent=1, allow_nan=False) + "\n")
+    write_json(out / "report.json", _numbers(comparison))
     figures = any(comparison.results.values())
     if figures:
         curves, boundary = comparison.gap_curves(), comparison.profile.boundary
@@ -128,7 +127,7 @@ def write_report(comparison: Comparison, out: Path) -> None:
         names = {name: METRICS[name] for name in ("gap_navigation", "gap_refinement", "held_out_regular")}
         title = f"{comparison.name}: on the way, mean over seeds"
         plots.save(plots.progress_of_arms(progress_curves(comparison.results), names, title), out / "progress.png")
-    write_atomically(out / "report.md", report_text(comparison))
+    write_text(out / "report.md", report_text(comparison))
 
 
 def report_text(c: Comparison) -> str:
@@ -176,15 +175,6 @@ def machine() -> str:
     processor = platform.processor() or platform.machine()
     cpu = f"{os.cpu_count()} CPU cores ({processor}, torch threads: {torch.get_num_threads()})"
     return f"{cpu}, {kind}, {platform.system()}, torch {torch.__version__}"
-
-
-def plain(value: Any) -> Any:
-    """Nested numbers with null in place of what JSON cannot hold."""
-    if isinstance(value, dict):
-        return {str(key): plain(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean_and_error(rows: np.ndarray) -> tuple[list[float], list[float]]:

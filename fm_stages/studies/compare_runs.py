@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from fm_stages.studies.compare_arms import Arm
+from fm_stages.studies.text_files import write_text
 
 POLL_SEC = 0.5
 """Between two looks at a process."""
@@ -114,21 +115,10 @@ class Run:
         return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def write_arms(out: Path, arms: Sequence[Arm]) -> None:
     """Write the overrides that the runs read."""
     for arm in arms:
-        write_atomically(out / "arms" / f"{arm.name}.yaml", yaml.safe_dump(arm.overrides))
+        write_text(out / "arms" / f"{arm.name}.yaml", yaml.safe_dump(arm.overrides))
 
 
 @contextmanager

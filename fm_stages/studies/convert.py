@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
+from fm_stages.networks import null_row_is_untrained
 from fm_stages.studies.convert_files import read_weights, write_network
-from fm_stages.studies.convert_layouts import recognize
+from fm_stages.studies.convert_layouts import LABELS, recognize
 from fm_stages.studies.convert_weights import drop_sigma, reverse_time
 
 CONVENTIONS: dict[str, tuple[int | None, float | None]] = {
@@ -67,12 +68,15 @@ def import_network(
         done.append("the projectors dropped")
     if not layout.null_class:
         done.append("no null class found: label -1 gets the mean of the classes, which nobody trained")
+    has_null = layout.null_class and not null_row_is_untrained(state[LABELS])
+    if layout.null_class and not has_null:
+        done.append("the row of the null class is as it was drawn, so that label dropout was 0: do not guide")
     arguments["time_scale"] = time_scale
 
     model = {
         "network": {"class_path": "fm_stages.networks.DiT", "init_args": arguments},
         "path": {"class_path": f"fm_stages.flow.{path}"},
-        "label_dropout": 0.1 if layout.null_class else 0.0,
+        "label_dropout": 0.1 if has_null else 0.0,
         "ema_decay": 0.0,  # what is measured or sampled needs no twin
     }
     write_network(out, state, which, yaml.safe_dump({"model": model}, sort_keys=False))

@@ -7,7 +7,6 @@ held against the first one by stage.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from fm_stages.studies.diagnose_measure import diagnose
 from fm_stages.studies.diagnose_several import compare_checkpoints, load_checkpoints
 from fm_stages.studies.runs import load_run
 from fm_stages.studies.sources import split_name
+from fm_stages.studies.text_files import write_json
 from fm_stages.training import FlowMatching, closed, network_weights, predict_data, prediction_figure, report
 
 WEIGHTS = {"raw": "raw", "ema": "EMA"}
@@ -134,9 +134,8 @@ def _write(folder: Path, train: Curves, held_out: Curves, profile: StageProfile,
     folder.mkdir(parents=True, exist_ok=True)
     for name, curves in (("training", train), ("held_out", held_out)):
         curves.write_csv(folder / f"{name}.csv")
-    (folder / "curves.json").write_text(
-        json.dumps({"training": asdict(train), "held_out": asdict(held_out), "profile": asdict(profile)}, indent=1)
-    )
+    numbers = {"training": asdict(train), "held_out": asdict(held_out), "profile": asdict(profile)}
+    write_json(folder / "curves.json", numbers)
     figure = plots.gap_by_t(train.edges, train.mean, train.sem, profile.boundary, held_out.mean, title)
     plots.save(figure, folder / "gap_by_t.png")
 

@@ -7,7 +7,6 @@ the first one have errors much smaller than those of the gaps themselves.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from fm_stages.oracle import (
 )
 from fm_stages.studies.diagnose_measure import predict, probe
 from fm_stages.studies.models import Trained, load_trained
+from fm_stages.studies.text_files import write_json
 from fm_stages.training import closed
 
 TRAINING = ("gap", "regular", "wiener", "gap_change", "regular_change")
@@ -200,8 +200,7 @@ class CheckpointComparison:
         plain = {"seed": self.seed, "num_samples": self.num_samples, "stages": self.rows()}
         plain |= {"checkpoints": {name: asdict(one) for name, one in self.checkpoints.items()}}
         plain |= {"profile": asdict(self.profile)}
-        with whole_file(out / "checkpoints.json") as part:
-            part.write_text(json.dumps(plain, indent=1) + "\n")
+        write_json(out / "checkpoints.json", plain)
         rows = self.rows()
         with whole_file(out / "checkpoints.csv") as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -14,6 +14,7 @@ from fm_stages.data import whole_file
 from fm_stages.studies.evaluate_features import FeatureSet
 from fm_stages.studies.evaluate_files import UNKNOWN
 from fm_stages.studies.evaluate_scores import Scores, balance, warnings_of
+from fm_stages.studies.text_files import write_json, write_text
 
 ROWS = (
     ("fid", "FID", "lower is better; falls with the number of images"),
@@ -225,8 +226,6 @@ def write_report(report: dict[str, Any], sets: tuple[FeatureSet, FeatureSet, Fea
             [key, report["scores"].get(key, ""), report["yardstick"].get(key, "")]
             for key in {**report["scores"], **report["yardstick"]}
         )
-    with whole_file(files[2]) as part:
-        part.write_text(text_of(report) + "\n")
-    with whole_file(files[3]) as part:
-        part.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(files[2], text_of(report) + "\n")
+    write_json(files[3], report)
     return files

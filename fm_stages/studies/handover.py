@@ -8,7 +8,6 @@ show in which stage a model generalises.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentError
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solv
 from fm_stages.oracle import DataBank, Oracle
 from fm_stages.studies.memorization_measure import MEMORIZED, nearest_sources
 from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
+from fm_stages.studies.text_files import write_json
 
 ORDERS = ("oracle first", "model first")
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -254,7 +254,7 @@ def handover_command(arguments: list[str] | None = None) -> None:
         **{"weights": trained.weights, "step": trained.step, "labels": rule, "taus": found.taus},
     }
     closeness = [asdict(c) for c in found.closeness]
-    (out / "handover.json").write_text(json.dumps({"settings": settings, "closeness": closeness}, indent=1) + "\n")
+    write_json(out / "handover.json", {"settings": settings, "closeness": closeness})
     title = f"{trained.weights} weights, step {trained.step}: who draws before tau, and who after it"
     memorized = (found.ratios < MEMORIZED).numpy()
     pictures = _pictures(found.images), _pictures(found.nearest)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from fm_stages.studies.memorization_measure import MEMORIZED, Closest, Summary, 
 from fm_stages.studies.memorization_references import NotMeasured, References
 from fm_stages.studies.memorization_text import table
 from fm_stages.studies.ranks import Job
+from fm_stages.studies.text_files import write_json
 from fm_stages.training import FlowMatching
 
 __all__ = ["MEMORIZED", "Memorization", "NotMeasured", "References", "memorization_index", "study_memorization"]
@@ -265,8 +265,7 @@ def _pairs(
 
 def _write(result: Memorization, pairs: list[dict[str, Any] | None], out: Path) -> None:
     """The files, each there as a whole or not at all."""
-    with whole_file(out / "memorization.json") as part:
-        part.write_text(json.dumps(result.plain(), indent=1) + "\n")
+    write_json(out / "memorization.json", result.plain())
     with whole_file(out / "memorization.csv") as part, part.open("w", newline="") as file:
         columns, rows = result.closest.table()
         csv.writer(file).writerows([columns, *rows])

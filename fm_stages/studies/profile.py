@@ -23,6 +23,7 @@ from fm_stages.studies.profile_text import comparison, summary
 from fm_stages.studies.recommend import SHARE
 from fm_stages.studies.sources import Source, open_source
 from fm_stages.studies.study import LABEL_DROPOUT, Study, study_stages
+from fm_stages.studies.text_files import write_text
 from fm_stages.studies.trends import has_trend
 
 FIGURES = ("trends", "posterior", "oracle_paths")
@@ -202,7 +203,7 @@ def _write(study: Study, folder: Path) -> None:
     for name in FIGURES:  # of an earlier run on other data
         (folder / f"{name}.png").unlink(missing_ok=True)
     profile.save(folder / "profile.json")
-    (folder / "study.json").write_text(study.to_json() + "\n")
+    write_text(folder / "study.json", study.to_json() + "\n")
     interval = profile.guidance_interval() if profile.guidance and 0 < profile.boundary < 1 else None
     title = (
         f"{study.source.name}: {profile.num_rows} rows x {profile.num_dims} values, {profile.path}, boundary at t = "

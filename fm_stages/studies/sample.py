@@ -29,6 +29,7 @@ from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.studies.sample_costs import COUNTED, Meter, costs_per_image, describe_costs
 from fm_stages.studies.sample_files import FORMATS, ImageFiles
 from fm_stages.studies.sample_options import one_or_all, parse
+from fm_stages.studies.text_files import write_json
 from fm_stages.training import save_grid
 
 RECORD = "sampling.json"
@@ -113,8 +114,7 @@ class _Drawing:
         return record
 
     def _write(self, record: dict[str, Any]) -> None:
-        with whole_file(self.out / RECORD) as part:
-            part.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(self.out / RECORD, record)
 
     def _draw(self) -> dict[str, Any]:
         """Draw what is missing of this rank's part; what that took."""

@@ -33,6 +33,12 @@ class TestPositions:
         assert torch.equal(torch.cat(parts), whole)
 
     @every_draw
+    def test_a_rank_without_samples_draws_nothing(self, name):
+        none = draws(name, torch.arange(0))
+        assert none.shape == ((0, 2, 3) if name == "normal" else (0,))
+        assert none.dtype == torch.float32
+
+    @every_draw
     def test_a_draw_knows_its_position_alone(self, name):
         whole = draws(name, torch.arange(150))
         positions = torch.tensor([149, 3, 64, 31, 32, 3, 0])  # out of order, twice the same, both sides of a block

@@ -168,10 +168,14 @@ class TestRange:
         with pytest.raises(ValueError, match="shift must be positive"):
             shift_time(torch.tensor([0.5]), shift)
 
-    @pytest.mark.parametrize("std", [0.0, -1.0, math.nan])
-    def test_a_spread_that_is_not_positive_raises(self, std):
+    @pytest.mark.parametrize("std", [0.0, -1.0, math.nan, math.inf])
+    def test_a_spread_that_is_not_positive_and_finite_raises(self, std):
         with pytest.raises(ValueError, match="standard deviation"):
             LogitNormalTimesteps(0.0, std)
+
+    def test_a_mean_that_is_no_number_raises(self):
+        with pytest.raises(ValueError, match="mean of logit"):
+            LogitNormalTimesteps(math.nan)
 
 
 shifts = st.floats(1e-3, 1e3)

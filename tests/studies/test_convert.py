@@ -222,6 +222,17 @@ class TestVelocities:
         expected = dit_formulas.velocity(w, *inputs[:2], torch.full((BATCH,), CLASSES), num_heads=HEADS)
         torch.testing.assert_close(last, expected, rtol=0, atol=1e-5)
 
+    def test_a_null_row_that_nobody_trained_is_not_guided_with(self, file):
+        w = source()
+        w["y_embedder.embedding_table.weight"][-1] *= 0.02  # beside classes that have grown
+        paths = file(w)
+        assert "label dropout was 0" in import_network(**paths, num_heads=HEADS)
+        assert load_trained(paths["out"]).module.label_dropout == 0
+        paths["out"].unlink()
+        trained = file(source(), "trained.pt")
+        assert "label dropout" not in import_network(**trained, num_heads=HEADS)
+        assert load_trained(trained["out"]).module.label_dropout == 0.1
+
 
 @pytest.mark.parametrize("constructor", [DiT_S, DiT_B, DiT_L, DiT_XL])
 def test_published_sizes_tell_their_heads(constructor):
