@@ -136,6 +136,12 @@ class TestSkip:
         assert rows[micro_batch] == list(range(20 // accumulation))
         assert all(not rows[other] for other in range(accumulation) if other != micro_batch)
 
+    def test_bfloat16(self, fit):
+        guards = Guards()
+        left_out = fit("run", guards, Spoil(5), precision="bf16-mixed")
+        assert same(left_out, fit("by hand", Spoil(5), LeaveOut(5), precision="bf16-mixed"))
+        assert [e["step"] for e in guards.events] == [5]
+
     def test_a_run_without_guards_is_lost(self, fit):
         assert not all(x.isfinite().all() for x in fit("run", Guards(nonfinite="off", spike="off"), Spoil(4)).values())
 
@@ -237,6 +243,13 @@ class TestRewind:
         checkpoint["Patterns"].update(epoch=2, samples=0)
         torch.save(checkpoint, "moved.ckpt")
         assert same(back, fit("reference", ckpt_path="moved.ckpt", accumulate_grad_batches=2))
+
+    def test_short_epochs(self, fit):
+        back, whole = Rows(), Rows()
+        fit("run", Guards(nonfinite="rewind"), back, Spoil(5), limit_train_batches=2)
+        fit("whole", whole, steps=10, limit_train_batches=2)
+        assert [step for step, _ in back.seen] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+        assert [seen for _, seen in back.seen] == [seen for _, seen in whole.seen]
 
     def test_older_weights_are_better_than_those_of_the_step_itself(self, tmp_path):
         for step in (2, 4, 6):
