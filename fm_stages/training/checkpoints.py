@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fm_stages.data import PART, whole_file
+from fm_stages.data import PART
+from fm_stages.training.checkpoint_files import WholeFiles, check_sums
 from fm_stages.training.loggers import is_trial
 
 CONFIG_KEY = "fm_stages_config"
@@ -27,23 +30,20 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 """The weight whose shape depends on the number of classes."""
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes beside the file that is replaced, and then puts the new one into its place.
+class NotSaved(SystemExit):
+    """The run ended for a checkpoint that could not be written. The status is EX_IOERR of sysexits.h."""
 
-    Lightning writes into $TMPDIR and moves: to another file system that is a copy over the old file, and a run that is
-    killed meanwhile has lost both.
-    """
+    STATUS = 74
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint."""
-        with whole_file(Path(path)) as part:
-            torch.save(checkpoint, part)
+    def __init__(self) -> None:
+        super().__init__(self.STATUS)
 
 
 class Checkpoints(ModelCheckpoint):
     """`ModelCheckpoint` with a fixed place, ``<run>/checkpoints``: the best by ``monitor``, and last.ckpt.
 
     Whenever a run is killed, its files are whole: see `WholeFiles`, which the strategy uses unless it has its own way.
+    An older file is removed after the new one has been read back. A file that cannot be written ends the run.
 
     Args:
         monitor: number that decides which is best; the smallest is.
@@ -95,6 +95,36 @@ class Checkpoints(ModelCheckpoint):
         """Let last.ckpt be the last step, also of a run that ends between two checkpoints."""
         self.write_last(trainer)
 
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Write a checkpoint, which rank 0 does; all ranks learn whether it is there.
+
+        Raises:
+            NotSaved: on every rank, if it is not; the file before it is as it was.
+        """
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        failure = ""
+        try:
+            trainer.strategy.save_checkpoint(checkpoint, filepath)
+        except (OSError, ValueError) as error:
+            failure = str(error)
+        if failure := trainer.strategy.broadcast(failure):
+            rank_zero_info(
+                f"\nStopped at step {trainer.global_step}: the checkpoint {filepath} was not saved: {failure}. Files "
+                "that were there before are as they were: with that mended, --ckpt_path last goes on from the newest."
+            )
+            raise NotSaved
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Remove an older file; one that stays is no reason to end the run."""
+        try:
+            super()._remove_checkpoint(trainer, filepath)
+        except OSError as error:
+            rank_zero_warn(f"{filepath} could not be removed: {error}")
+
     def write_last(self, trainer: L.Trainer) -> None:
         """Write last.ckpt, unless it is of this step already or the run is a trial."""
         if not is_trial(trainer) and self._last_global_step_saved != trainer.global_step:
@@ -117,6 +147,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         checkpoint = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
+        if isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint:
+            check_sums(Path(path))  # which torch does not; other projects may write none
+    except OSError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
     except Exception as error:  # torch raises many kinds for foreign or truncated files
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

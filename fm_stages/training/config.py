@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.data import TrainingData, describe_shares
+from fm_stages.data import TrainingData, describe_shares, whole_file
 from fm_stages.training.checkpoints import (
     CONFIG_KEY,
     Checkpoints,
@@ -106,8 +106,8 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called on rank 0 as the run starts."""
         folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(self._yaml)
+        with whole_file(folder / "config.yaml") as part:
+            part.write_text(self._yaml)
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config.as_dict())
 
@@ -240,7 +240,7 @@ class TrainingCLI(LightningCLI):
         if not config.init_from:
             return
         if config.ckpt_path:
-            if Path(config.ckpt_path) == Path(config.checkpoints.dirpath) / LAST:
+            if Path(config.ckpt_path) in Path(config.checkpoints.dirpath).glob("*.ckpt"):
                 return  # a job that SLURM starts again: it began with these weights, and has gone on since
             raise ValueError("--init-from starts anew from weights, --ckpt_path resumes a run: give one of them")
         model = config.model.clone().as_dict()
@@ -280,7 +280,7 @@ class TrainingCLI(LightningCLI):
             self._check_checkpoint(path, checkpoint)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SameStart):
-                    callback.step = checkpoint["global_step"]
+                    callback.start = checkpoint["global_step"], Path(path).name
         self.datamodule.trainer = self.trainer  # what it refuses depends on ranks and accumulation
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)

@@ -9,27 +9,54 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fm_stages.training.checkpoint_files import check_sums, resumable_step, whole_checkpoints
+
 LAST = "last.ckpt"
 
 
 def find_last(folder: str) -> str | None:
-    """The last checkpoint in a run's folder of checkpoints; None, and a line that says so, before there is one."""
-    file = Path(folder) / LAST
-    if file.exists():
-        return str(file)
-    rank_zero_info(f"There is no {file} yet: the run starts at step 0.")
-    return None
+    """The checkpoint that a run goes on from: last.ckpt, or else the newest that is whole.
+
+    A line says which was passed over and why; or that there is none yet.
+
+    Args:
+        folder: of a run's checkpoints.
+
+    Returns:
+        Its path; None where no checkpoint was ever written.
+
+    Raises:
+        ValueError: if there are checkpoints, and none of them can be gone on from.
+    """
+    last = Path(folder) / LAST
+    passed_over: dict[Path, str] = {}
+    try:
+        resumable_step(last)
+        check_sums(last)
+        return str(last)
+    except (OSError, ValueError) as error:
+        passed_over[last] = str(error)
+    step, file = next(whole_checkpoints(Path(folder), passed_over=passed_over), (0, None))
+    found = [path for path in passed_over if path.exists()]
+    if file is None and not found:
+        rank_zero_info(f"There is no {last} yet: the run starts at step 0.")
+        return None
+    why = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over.items())
+    if file is None:
+        raise ValueError(f"no checkpoint in {folder} can be gone on from ({why}): remove them to start anew")
+    rank_zero_info(f"Going on from {file}, of step {step}, and not from {why}.")
+    return str(file)
 
 
 class SameStart(L.Callback):
     """Refuses a run whose ranks read different checkpoints: nodes that do not share the folder, or see it late.
 
     Attributes:
-        step: of the checkpoint that this rank read; 0: of none.
+        start: step and name of the checkpoint that this rank read.
     """
 
     def __init__(self) -> None:
-        self.step = 0
+        self.start = 0, "none"
 
     def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Compare, before anything of the checkpoint is used.
@@ -39,11 +66,11 @@ class SameStart(L.Callback):
         """
         if trainer.world_size == 1:
             return
-        steps: list[int] = [0] * trainer.world_size
-        dist.all_gather_object(steps, self.step)
-        if len(set(steps)) > 1:
-            found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
+        starts: list[tuple[int, str]] = [self.start] * trainer.world_size
+        dist.all_gather_object(starts, self.start)
+        if len(set(starts)) > 1:
+            found = ", ".join(f"rank {rank} {name} of step {step}" for rank, (step, name) in enumerate(starts))
             raise ValueError(
-                f"the ranks found different checkpoints ({found}; 0 is none): all nodes need the same "
+                f"the ranks found different checkpoints ({found}): all nodes need the same "
                 "--trainer.default_root_dir, on a file system that they share"
             )

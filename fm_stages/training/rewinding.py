@@ -13,7 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fm_stages.data import TrainingData, whole_file
+from fm_stages.data import TrainingData
+from fm_stages.training.checkpoint_files import WholeFiles, whole_checkpoints
 from fm_stages.training.resume import LAST
 
 
@@ -43,15 +44,7 @@ def fit_with_rewinds(trainer: L.Trainer, **arguments: Any) -> None:
 
 def find_before(folder: Path, step: int) -> Path | None:
     """The newest whole checkpoint in a folder that is not later than a step."""
-    found = []
-    for file in folder.glob("*.ckpt"):
-        try:  # mapped into memory: the weights are not read
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            found.append((int(loaded["global_step"]), file.name, file))
-        except Exception:  # a file that cannot be read is no way back
-            continue
-    early = [entry for entry in found if entry[0] <= step]
-    return max(early)[2] if early else None
+    return next((file for _, file in whole_checkpoints(folder, step)), None)
 
 
 def find_good(folder: Path, step: int) -> Path | None:
@@ -78,5 +71,4 @@ def write_rewound(good: Path, folder: Path, data: TrainingData, state_key: str, 
     data.pass_over(checkpoint)
     callbacks = checkpoint.setdefault("callbacks", {})
     callbacks[state_key] = {**callbacks.get(state_key, {}), **state}
-    with whole_file(folder / LAST) as part:
-        torch.save(checkpoint, part)
+    WholeFiles().save_checkpoint(checkpoint, folder / LAST)

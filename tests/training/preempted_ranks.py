@@ -72,7 +72,7 @@ if __name__ == "__main__":
     seen["waiting"] = (folder / "parts/preempted.txt").exists()
     seen["parts"] = fit(folder / "parts", ckpt_path=last).state_dict()
     start = SameStart()
-    start.step = 4 * RANK
+    start.start = 4 * RANK, "last.ckpt" if RANK else "none"
     seen["different checkpoints"] = refusal(start)
     sys.argv = ["fm-stages", "fit", "--config", str(Path(__file__).parents[2] / "configs/digits_dit.yaml")]
     sys.argv += ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]

@@ -11,6 +11,7 @@ import torch
 
 from fm_stages.data.loading import EpochSampler
 from fm_stages.training import Checkpoints, Guards, GuardStop, OracleMonitor, fit_with_rewinds, read_checkpoint
+from fm_stages.training.checkpoint_files import NEEDED
 from fm_stages.training.rewinding import find_good
 from fm_stages.training.spikes import MIN_VALUES, SpikeDetector
 from fm_stages.training.step_numbers import measure_step
@@ -253,7 +254,7 @@ class TestRewind:
 
     def test_older_weights_are_better_than_those_of_the_step_itself(self, tmp_path):
         for step in (2, 4, 6):
-            torch.save({"global_step": step}, tmp_path / f"{step}.ckpt")
+            torch.save({**dict.fromkeys(NEEDED), "global_step": step}, tmp_path / f"{step}.ckpt")
         (tmp_path / "torn.ckpt").write_bytes(b"PK")
         good = [find_good(tmp_path, step) for step in (1, 2, 3, 4, 5, 9)]
         assert [path and path.stem for path in good] == [None, "2", "2", "2", "4", "6"]

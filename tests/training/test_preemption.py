@@ -91,6 +91,6 @@ def test_two_ranks(launch, tmp_path):
     for seen in ranks:
         assert (seen["status"], seen["step"], seen["waiting"]) == (75, 3, True)
         assert all(torch.equal(x, seen["parts"][name]) for name, x in ranks[0]["whole"].items())
-        assert "(rank 0 step 0, rank 1 step 4; 0 is none)" in seen["different checkpoints"]
+        assert "(rank 0 none of step 0, rank 1 last.ckpt of step 4)" in seen["different checkpoints"]
         assert seen["one device"] == 2
     assert not (tmp_path / "parts/preempted.txt").exists()

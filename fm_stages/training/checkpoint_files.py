@@ -1,0 +1,173 @@
+"""Files of checkpoints: written beside the one that they replace, read back, and looked through when a run goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from fm_stages.data import whole_file
+
+NEEDED = ("pytorch-lightning_version", "global_step", "state_dict", "loops", "callbacks", "optimizer_states")
+"""What a checkpoint holds that a run can go on from; one of weights alone has no optimizer's state."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes beside the file that is replaced, reads back what lies on the disk, and then puts it into its place.
+
+    Lightning writes into $TMPDIR and moves: to another file system that is a copy over the old file, and a run that is
+    killed meanwhile has lost both.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: if the disk takes or gives it back otherwise than it was meant; the file before it is untouched.
+            ValueError: if it holds what no run could read back.
+        """
+        path = Path(path)
+        with whole_file(path) as part:
+            try:
+                torch.save(checkpoint, part)
+            except RuntimeError as error:  # all that torch's writer says of a disk that is full
+                free = shutil.disk_usage(path.parent).free
+                raise OSError(f"it could not be written ({free / 1e9:.3g} GB are free there)") from error
+            send_to_disk(part)
+            check_sums(part)
+            check_content(part, checkpoint)
+        _sync_folder(path.parent)
+
+
+def send_to_disk(file: Path) -> None:
+    """Wait until the disk has a file, and let memory forget it: what is read then comes from the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new name be on the disk before an older file is removed."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def check_sums(file: Path) -> None:
+    """Read all of a file and hold it against the checksums in it, at which `torch.load` does not look.
+
+    Raises:
+        OSError: if it is cut short, or a bit of it is another one than was written.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise OSError(f"it is cut short or damaged ({error})") from error
+    if damaged is not None:
+        raise OSError(f"it is damaged: {damaged} does not have the checksum that was written with it")
+
+
+def check_content(file: Path, meant: dict[str, Any]) -> None:
+    """Hold what a file says it contains against what was meant: names, shapes and kinds of tensors, and plain values.
+
+    The tensors' values are not read: `check_sums` has compared them with what torch was given to write.
+
+    Raises:
+        ValueError: naming what cannot be read back without running code.
+        OSError: naming what is not the same.
+    """
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds
+        strange = next(_strange(meant, ""), f"{type(error).__name__}")
+        raise ValueError(f"it could not be read again: {strange}") from error
+    if (place := next(_differences(meant, found, ""), None)) is not None:
+        raise OSError(f"what was read back is not what was written, {place} first")
+
+
+def _differences(meant: Any, found: Any, place: str) -> Iterator[str]:
+    """Places of what is not the same in two trees."""
+    if isinstance(meant, dict) and isinstance(found, dict):
+        if meant.keys() != found.keys():
+            yield place or "/"
+        for key in meant.keys() & found.keys():
+            yield from _differences(meant[key], found[key], f"{place}/{key}")
+    elif isinstance(meant, list | tuple) and isinstance(found, list | tuple):
+        if len(meant) != len(found):
+            yield place
+        for i, (a, b) in enumerate(zip(meant, found, strict=False)):
+            yield from _differences(a, b, f"{place}/{i}")
+    elif isinstance(meant, Tensor) and isinstance(found, Tensor):
+        if (meant.shape, meant.dtype) != (found.shape, found.dtype):
+            yield place
+    elif isinstance(meant, Tensor) or isinstance(found, Tensor) or repr(meant) != repr(found):  # NaN != NaN
+        yield place
+
+
+def _strange(tree: Any, place: str) -> Iterator[str]:
+    """What in a tree is neither a tensor nor plain."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is not None:
+        for key, value in items:
+            yield from _strange(value, f"{place}/{key}")
+    elif not isinstance(tree, Tensor | str | bytes | None) and type(tree) not in (bool, int, float, complex):
+        kind = f"{type(tree).__module__}.{type(tree).__qualname__}"
+        yield f"{place} is a {kind}: keep tensors, numbers, text, lists and dicts in a state"
+
+
+def resumable_step(file: Path) -> int:
+    """The step of a checkpoint that a run can go on from, by what it says of itself: `check_sums` reads the rest.
+
+    Raises:
+        ValueError: why none can.
+        OSError: if it is not there, or not whole.
+    """
+    if not file.is_file():
+        raise FileNotFoundError("it is not there")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds
+        raise OSError(f"it is cut short, damaged or no checkpoint ({type(error).__name__})") from error
+    if not isinstance(found, dict) or (missing := [name for name in NEEDED if name not in found]):
+        raise ValueError(f"it holds no {missing[0] if isinstance(found, dict) else 'run'} to go on with")
+    return int(found["global_step"])
+
+
+def whole_checkpoints(
+    folder: Path, latest: float = math.inf, passed_over: dict[Path, str] | None = None
+) -> Iterator[tuple[int, Path]]:
+    """Checkpoints of a folder that a run can go on from and their steps, the newest first; each is read as a whole.
+
+    Args:
+        folder: where they lie.
+        latest: step after which none is wanted.
+        passed_over: takes those that are none, and why.
+    """
+    passed_over = {} if passed_over is None else passed_over
+    found: list[tuple[int, str, Path]] = []
+    for file in folder.glob("*.ckpt"):
+        try:
+            found.append((resumable_step(file), file.name, file))
+        except (OSError, ValueError) as error:
+            passed_over[file] = str(error)
+    for step, _, file in sorted(found, reverse=True):
+        if step > latest:
+            continue
+        try:
+            check_sums(file)
+        except OSError as error:
+            passed_over[file] = str(error)
+        else:
+            yield step, file
