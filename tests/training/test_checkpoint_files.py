@@ -17,7 +17,8 @@ RUN = {"pytorch-lightning_version": "2", "loops": {}, "callbacks": {}, "optimize
 
 
 def a_checkpoint(step: int = 0, **more) -> dict:
-    return {**RUN, "global_step": step, "state_dict": {"network.w": torch.full((1000,), float(step))}, **more}
+    weights = {"network.w": torch.full((1000,), float(step))}
+    return {**RUN, "global_step": step, "state_dict": weights, **more}
 
 
 def cut(file: Path) -> None:
@@ -64,7 +65,7 @@ class TestReadBack:
                 {**a_checkpoint(1, loops={"a": [1, 2]}), "state_dict": {"network.w": torch.ones(1000).half()}},
                 "/state_dict/network.w",
             ),
-            ({**a_checkpoint(1, loops={"a": [1, 2]}), "state_dict": {"network.v": torch.ones(1000)}}, "/state_dict"),
+            (a_checkpoint(1, loops={"a": [1, 2]}, state_dict={"network.v": torch.ones(1000)}), "/state_dict"),
         ],
     )
     def test_what_is_not_as_meant_is_named(self, tmp_path, meant, place):
