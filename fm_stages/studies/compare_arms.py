@@ -8,6 +8,7 @@ import re
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,7 +140,7 @@ def resolve_arms(files: Sequence[str], arms: Mapping[str, dict[str, Any]], profi
                 config = resolve([*files, *([overlay] if overrides else [])])
                 torch.manual_seed(0)
                 module = build_run(config)[0]
-                _check_callbacks(config, module)
+                _check_callbacks(deepcopy(config), module)  # jsonargparse writes into the lists that it is given
             except (ValueError, TypeError) as error:
                 raise ValueError(f"arm {name}: {str(error).replace(f'{overlay} ', '')}") from error
             digest = hashlib.sha256()

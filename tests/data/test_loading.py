@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from fm_stages.data import EpochSampler, HeldOutSampler, LabelledImages, to_model_range, to_pixels
@@ -130,6 +132,38 @@ class TestEpochSampler:
         one = [rows for rows, _ in epoch_of(EpochSampler(make_images(), 12, flip=True, seed=3), 2)]
         assert global_batches(num_replicas, accumulation, epoch=2, flip=True, seed=3) == one
         assert global_batches(num_replicas, accumulation, epoch=2, start=24, flip=True, seed=3) == one[2:]
+
+    @given(
+        num=st.integers(1, 60),
+        steps=st.integers(1, 5),
+        ranks=st.integers(1, 4),
+        accumulation=st.integers(1, 4),
+        epoch=st.integers(0, 2**20),
+        flip=st.booleans(),
+        data=st.data(),
+    )
+    def test_any_shares_make_the_same_steps_and_go_on_anywhere(
+        self, num, steps, ranks, accumulation, epoch, flip, data
+    ):
+        parts = ranks * accumulation
+        size = max(num // steps // parts, 1) * parts
+        images, shares = make_images(max(num, size)), {"num_replicas": ranks, "accumulation": accumulation}
+        samplers = [EpochSampler(images, size, flip=flip, rank=rank, **shares) for rank in range(ranks)]
+        whole = [epoch_of(EpochSampler(images, size, flip=flip), epoch)]
+        of_ranks = [epoch_of(sampler, epoch) for sampler in samplers]
+        step_rows = [[None] * size for _ in whole[0]]
+        for batches in of_ranks:
+            for number, (rows, positions) in enumerate(batches):
+                for row, position in zip(rows, positions, strict=True):
+                    assert step_rows[number // accumulation][position] is None  # nobody else's
+                    step_rows[number // accumulation][position] = row
+        assert step_rows == [rows for rows, _ in whole[0]]
+        taken = [row % len(images) for rows in step_rows for row in rows]
+        assert len(taken) == len(set(taken)) == len(images) // size * size
+        done = data.draw(st.integers(0, len(of_ranks[0])))
+        for sampler, batches in zip(samplers, of_ranks, strict=True):
+            sampler.start = done * size // accumulation
+            assert epoch_of(sampler, epoch) == batches[done:]
 
     def test_positions_of_a_micro_batch(self):
         sampler = EpochSampler(make_images(), 12, num_replicas=2, rank=1, accumulation=3)

@@ -5,6 +5,8 @@ import math
 import pytest
 import scipy.stats
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fm_stages.flow import keyed_generator, keyed_normal, keyed_uniform, stratified_uniform
 
@@ -31,6 +33,15 @@ class TestPositions:
         assert whole.dtype == torch.float32
         parts = [draws(name, part) for part in torch.arange(150).chunk(num_ranks)]
         assert torch.equal(torch.cat(parts), whole)
+
+    @every_draw
+    @settings(max_examples=30)
+    @given(data=st.data())
+    def test_any_split_over_ranks_and_micro_batches(self, name, data):
+        order = torch.tensor(data.draw(st.permutations(range(150))))
+        cuts = data.draw(st.lists(st.integers(0, 150), max_size=6).map(sorted))
+        parts = order.tensor_split(cuts)
+        assert torch.equal(torch.cat([draws(name, part) for part in parts]), draws(name, torch.arange(150))[order])
 
     @every_draw
     def test_a_rank_without_samples_draws_nothing(self, name):
@@ -100,6 +111,15 @@ class TestDistributions:
             parts = torch.arange(num_strata).chunk(4)
             u = torch.cat([stratified_uniform(("t", 0, step), part, num_strata) for part in parts])
             assert (u.double() * num_strata).floor().long().sort().values.tolist() == list(range(num_strata))
+
+    @settings(max_examples=40)
+    @given(num_strata=st.integers(1, 300), seed=st.integers(0, 2**31), step=st.integers(0, 10**9))
+    def test_every_stratum_is_drawn_once_whatever_the_key(self, num_strata, seed, step):
+        u = stratified_uniform(("t", seed, step), torch.arange(num_strata), num_strata).double().sort().values
+        edges = torch.arange(num_strata + 1, dtype=torch.float64) / num_strata
+        assert (u >= edges[:-1] - 2**-24).all()  # rounded to float32
+        assert (u <= edges[1:] + 2**-24).all()
+        assert u.max() < 1
 
     def test_one_position_sees_the_whole_interval(self):
         u = torch.stack([stratified_uniform(("t", 0, step), torch.arange(16), 16) for step in range(1500)]).double()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fm_stages.flow import CosinePath, LinearPath, Path, VPPath, check_time, expand_time
 
@@ -216,3 +217,61 @@ def test_times_outside_raise_and_are_named(wrong):
 
 def test_both_ends_are_times():
     check_time(torch.tensor([0.0, -0.0, 0.5, 1.0]))
+
+
+any_path = st.one_of(
+    st.sampled_from(PATHS),
+    st.tuples(st.floats(1e-3, 5), st.floats(0, 40)).map(lambda b: VPPath(b[0], b[0] + b[1])),
+)
+inside = st.floats(1e-4, 1 - 1e-4)
+shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
+
+
+class TestAnyPath:
+    """Whatever its noise rates, for any times and shapes of a sample."""
+
+    @given(path=any_path, times=st.lists(inside, min_size=1, max_size=6), shape=shapes)
+    def test_velocity_is_the_derivative_of_the_path(self, path, times, shape):
+        x0, x1 = batch(len(times), *shape)
+        t = torch.tensor(times, dtype=torch.float64)
+        with forward_ad.dual_level():
+            moved = forward_ad.unpack_dual(
+                path.interpolate(x0, x1, forward_ad.make_dual(t, torch.ones_like(t)))
+            ).tangent
+        torch.testing.assert_close(path.velocity(x0, x1, t), moved, rtol=1e-9, atol=1e-9)
+
+    @given(path=any_path, times=st.lists(inside, min_size=1, max_size=6), shape=shapes)
+    def test_velocity_data_noise_and_score_are_one_another(self, path, times, shape):
+        x0, x1 = batch(len(times), *shape)
+        t = torch.tensor(times, dtype=torch.float64)
+        x_t, velocity = path.interpolate(x0, x1, t), path.velocity(x0, x1, t)
+        alpha, sigma, d_alpha, d_sigma = (
+            expand_time(c(t), x1) for c in (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
+        )
+        wronskian = d_alpha * sigma - alpha * d_sigma
+        # rounding of the terms that are subtracted
+        of_data = 1e-14 * ((sigma * velocity).abs() + (d_sigma * x_t).abs()) / wronskian
+        of_noise = 1e-14 * ((alpha * velocity).abs() + (d_alpha * x_t).abs()) / wronskian
+        assert ((path.predict_data(velocity, x_t, t) - x1).abs() <= of_data + 1e-14).all()
+        assert ((path.score(velocity, x_t, t) * sigma + x0).abs() <= of_noise + 1e-14).all()
+        back = path.velocity_from_mean(path.predict_data(velocity, x_t, t), x_t, t)
+        assert (
+            (back - velocity).abs() <= 4 * (of_data * wronskian + 1e-14 * (d_sigma * x_t).abs()) / sigma + 1e-13
+        ).all()
+
+    @given(path=any_path, times=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=4), shape=shapes)
+    def test_float32_is_finite_up_to_the_last_draw_and_near_float64(self, path, times, shape):
+        x0, x1 = batch(len(times), *shape, dtype=torch.float32)
+        t = torch.tensor(times, dtype=torch.float32).clamp(max=min(path.max_time, 1 - 2**-24))
+        wide = path.interpolate(x0.double(), x1.double(), t.double())
+        for found in (path.interpolate(x0, x1, t), path.velocity(x0, x1, t), path.mean_coefficient(t)):
+            assert found.dtype == torch.float32
+            assert found.isfinite().all()
+        torch.testing.assert_close(path.interpolate(x0, x1, t).double(), wide, rtol=1e-5, atol=1e-5)
+
+    @given(path=any_path, low=st.floats(0, 1), high=st.floats(0, 1))
+    def test_data_comes_and_noise_goes(self, path, low, high):
+        t = torch.tensor(sorted((low, high)), dtype=torch.float64)
+        (before, after), (noise_before, noise_after) = path.alpha(t).tolist(), path.sigma(t).tolist()
+        assert 0 <= before <= after <= 1
+        assert 1 >= noise_before >= noise_after >= 0

@@ -314,3 +314,59 @@ def test_beta_refuses(alpha, beta):
 def test_the_published_resolution_shift():
     """RAE's latents of 768 x 16 x 16 values: 6.93."""
     assert ResolutionShiftedTimesteps(768 * 16 * 16).shift == pytest.approx(6.93, abs=0.005)
+
+
+inner = st.floats(0.02, 0.98)
+tables = st.lists(
+    st.tuples(inner, st.floats(0.05, 5)), min_size=1, max_size=6, unique_by=lambda node: round(node[0], 2)
+)
+plain_samplers = st.one_of(
+    st.just(UniformTimesteps()),
+    st.builds(LogitNormalTimesteps, st.floats(-2, 2), st.floats(0.2, 3)),
+    st.builds(ModeTimesteps, st.floats(-0.95, 1.7)),
+    st.builds(BetaTimesteps, st.floats(0.4, 4), st.floats(0.4, 4)),
+    tables.map(
+        lambda nodes: TabulatedTimesteps([0.0, *sorted(t for t, _ in nodes), 1.0], [1.0, *(p for _, p in nodes), 0.3])
+    ),
+)
+any_sampler = st.one_of(
+    plain_samplers,
+    st.builds(ShiftedTimesteps, st.floats(0.1, 10), plain_samplers),
+    st.builds(TruncatedTimesteps, st.floats(0.02, 0.4), st.floats(0.6, 0.98), plain_samplers),
+    st.builds(lambda s, low: ShiftedTimesteps(s, TruncatedTimesteps(low, 1.0)), st.floats(0.2, 5), st.floats(0, 0.9)),
+)
+
+
+class TestAnySampler:
+    """Whatever its numbers, also one inside another."""
+
+    @given(sampler=any_sampler, u=st.lists(st.floats(0, LAST, width=32), min_size=2, max_size=20))
+    def test_draws_lie_inside_and_rise_with_u(self, sampler, u):
+        t = sampler.icdf(torch.tensor(sorted(u), dtype=torch.float32))
+        assert t.dtype == torch.float32
+        assert ((t >= 0) & (t <= LAST)).all()
+        assert (t.diff() >= 0).all()
+
+    @given(sampler=any_sampler, u=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=10))
+    def test_quantiles_distribution_and_density_agree(self, sampler, u):
+        """The slope of the quantiles times the density is 1, so that the density's integral is 1."""
+        u, h = wide(u), 1e-5
+        t = sampler.icdf(u)
+        torch.testing.assert_close(sampler.cdf(t), u, rtol=0, atol=1e-9)
+        slope = (sampler.icdf(u + h) - sampler.icdf(u - h)) / (2 * h)
+        torch.testing.assert_close(slope * sampler.log_prob(t).exp(), torch.ones_like(u), rtol=0, atol=2e-3)
+
+    @settings(max_examples=25)
+    @given(sampler=any_sampler)
+    def test_draws_are_distributed_so(self, sampler):
+        """The uniform numbers behind them are the same ones each time: it cannot fail by chance."""
+        draws = sampler.sample(4000, torch.Generator().manual_seed(0)).double()
+        statistic = scipy.stats.kstest(draws.numpy(), lambda t: sampler.cdf(wide(t)).numpy()).statistic
+        assert statistic * math.sqrt(4000) < 1.95  # one draw in a thousand is further off, and this one is not
+
+    @given(sampler=plain_samplers, shift=st.floats(0.1, 10), u=st.floats(0, 0.99))
+    def test_shifting_back_undoes_a_shift(self, sampler, shift, u):
+        there_and_back = ShiftedTimesteps(1 / shift, ShiftedTimesteps(shift, sampler))
+        torch.testing.assert_close(there_and_back.icdf(wide([u])), sampler.icdf(wide([u])), rtol=1e-10, atol=1e-12)
+        t = sampler.icdf(wide([max(u, 0.01)]))
+        torch.testing.assert_close(there_and_back.log_prob(t), sampler.log_prob(t), rtol=1e-8, atol=1e-8)

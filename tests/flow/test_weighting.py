@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fm_stages.flow import (
     BetaTimesteps,
@@ -209,3 +211,55 @@ class TestLearned:
         assert not weighting(torch.rand(3)).requires_grad
         error = torch.ones(3, requires_grad=True)
         assert torch.autograd.grad(weighting.own_loss(torch.rand(3), error), error, allow_unused=True) == (None,)
+
+
+errors = st.lists(
+    st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 10)), min_size=1, max_size=5, unique_by=lambda p: p[0]
+)
+any_weighting = st.one_of(
+    st.just(UniformWeighting()),
+    st.builds(MinSNRWeighting, st.floats(0.1, 100)),
+    st.builds(SigmaSqrtWeighting, st.floats(1.5, 1000)),
+    st.just(CosMapWeighting()),
+    errors.map(lambda points: InverseErrorWeighting(*map(list, zip(*sorted(points), strict=True)))),
+    st.builds(StageWeighting, st.floats(0.02, 0.95), st.floats(0, 10), st.floats(0.1, 10), st.floats(0.02, 1)),
+)
+any_density = st.one_of(
+    st.just(UniformTimesteps()),
+    st.builds(ShiftedTimesteps, st.floats(0.2, 5)),
+    st.builds(LogitNormalTimesteps, st.floats(-1.5, 1.5), st.floats(0.3, 2)),
+    st.builds(BetaTimesteps, st.floats(0.7, 3), st.floats(0.7, 3)),
+    st.builds(TruncatedTimesteps, st.floats(0, 0.4), st.floats(0.6, 1)),
+)
+any_path = st.sampled_from([LinearPath(), CosinePath(), VPPath()])
+
+
+class TestAnyWeighting:
+    """Whatever its numbers, the density and the path."""
+
+    @settings(max_examples=60)
+    @given(weighting=any_weighting, density=any_density, path=any_path)
+    def test_mean_is_one_and_every_draw_has_a_finite_weight(self, weighting, density, path):
+        weighting.prepare(path, density)
+        generator = np.random.default_rng(0)
+        u = torch.from_numpy((np.arange(20_000) + generator.random(20_000)) / 20_000)  # one in each stratum
+        weights = weighting(density.icdf(u).clamp(max=path.max_time))
+        assert weights.isfinite().all()
+        assert (weights >= 0).all()
+        assert weights.mean().item() == pytest.approx(1, rel=0.01)
+
+    @given(
+        weighting=any_weighting,
+        density=any_density,
+        path=any_path,
+        u=st.lists(st.sampled_from([0.0, 2.0**-149, 2.0**-24, 1 - 2**-23, 1 - 2**-24]), min_size=1),
+        importance=st.booleans(),
+    )
+    @settings(max_examples=60)
+    def test_at_the_ends_no_weight_is_nan_or_negative(self, weighting, density, path, u, importance):
+        weighting.prepare(path, density, importance)
+        t = density.icdf(torch.tensor(u, dtype=torch.float32)).clamp(max=path.max_time)
+        weights = weighting(t)
+        assert weights.dtype == torch.float32
+        assert not weights.isnan().any()
+        assert (weights >= 0).all()

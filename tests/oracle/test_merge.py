@@ -1,12 +1,17 @@
 """Parts of a posterior become the whole, in whatever order and grouping; the parts are made by their definition."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from fm_stages.oracle import merge
 from fm_stages.oracle.merge import Partial
 
 NUM, DIMS = 5, 3
@@ -177,6 +182,125 @@ class TestParts:
         part.moment += 1
         assert not part.square.any()
         assert not part.best.any()
+
+
+class TestAnyPartition:
+    """Whatever the rows and logits, and however they are shared out: what a posterior is made of, by its definition."""
+
+    @given(data=st.data())
+    def test_parts_in_any_order_and_grouping(self, data):
+        rows, logits = data.draw(problems())
+        parts = data.draw(partitions(rows, logits))
+        while len(parts) > 1:  # a random tree
+            i, j = data.draw(st.permutations(range(len(parts))))[:2]
+            merged = parts[i].merge(parts[j])
+            parts = [part for k, part in enumerate(parts) if k not in (i, j)] + [merged]
+        assert_posterior(parts[0], rows, logits)
+
+    @given(data=st.data())
+    def test_either_way_round(self, data):
+        rows, logits = data.draw(problems())
+        one, two = data.draw(partitions(rows, logits, num=2))
+        assert_posterior(one.merge(two), rows, logits)
+        assert_posterior(two.merge(one), rows, logits)
+
+    @settings(max_examples=40)
+    @given(data=st.data())
+    def test_over_ranks(self, data):
+        """The same on each, also where some have no row of a query."""
+        rows, logits = data.draw(problems())
+        parts = data.draw(partitions(rows, logits))
+        found = Ranks(len(parts)).merge(parts)
+        for own in found:
+            assert_posterior(own, rows, logits)
+            for name in FIELDS:
+                assert torch.equal(getattr(own, name), getattr(found[0], name))
+
+
+@st.composite
+def problems(draw) -> tuple[Tensor, Tensor]:
+    """Rows (R, D), some of them the same and some rounded to bfloat16, and logits (B, R), from flat to 1e4 apart."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    num, dims, queries = draw(st.integers(1, 12)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    rows = torch.randn(num, dims, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 100.0]))
+    if draw(st.booleans()):
+        rows = rows[torch.randint(num, (num,), generator=generator)]
+    if draw(st.booleans()):
+        rows = rows.bfloat16().float()
+    spread = torch.tensor(draw(st.lists(st.sampled_from([0.0, 1.0, 30.0, 1e4]), min_size=queries, max_size=queries)))
+    logits = torch.randn(queries, num, generator=generator) * spread[:, None] + draw(st.floats(-1e4, 1e4))
+    gone = torch.rand(queries, num, generator=generator) < draw(st.sampled_from([0.0, 0.5]))  # rows of other classes
+    gone[torch.arange(queries), torch.randint(num, (queries,), generator=generator)] = False
+    return rows.double(), logits.double().masked_fill(gone, -torch.inf)
+
+
+@st.composite
+def partitions(draw, rows: Tensor, logits: Tensor, num: int | None = None) -> list[Partial]:
+    """Parts of the rows, some of which may be empty, or without mass for a query."""
+    num = num or draw(st.integers(1, 5))
+    owner = torch.tensor(draw(st.lists(st.integers(0, num - 1), min_size=len(rows), max_size=len(rows))))
+    return [
+        part_of(rows[owner == i], logits[:, owner == i])
+        if (owner == i).any()
+        else Partial.empty(torch.zeros(len(logits), rows.shape[1]))
+        for i in range(num)
+    ]
+
+
+def assert_posterior(part: Partial, rows: Tensor, logits: Tensor) -> None:
+    """Mean, variance, log of the sum, top1, ess and entropy, as of the softmax over all rows."""
+    weights = torch.softmax(logits, 1)
+    mean = weights @ rows
+    size = rows.abs().max() + 1e-30
+    total = part.weight
+    torch.testing.assert_close(part.peak + total.log(), torch.logsumexp(logits, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(1 / total, weights.max(1).values, rtol=1e-11, atol=0)
+    torch.testing.assert_close(total.square() / part.square, 1 / weights.square().sum(1), rtol=1e-11, atol=0)
+    entropy = -torch.special.xlogy(weights, weights).sum(1)
+    torch.testing.assert_close(total.log() - part.depth / total, entropy, rtol=1e-9, atol=1e-9)
+    found = part.best + part.moment / total[:, None]
+    torch.testing.assert_close(found / size, mean / size, rtol=0, atol=1e-11)
+    away = (rows - mean[:, None]).square().sum(2)
+    variance = part.spread / total - (part.moment / total[:, None]).square().sum(1)
+    torch.testing.assert_close(variance / size**2, (weights * away).sum(1) / size**2, rtol=0, atol=1e-10)
+
+
+class Ranks:
+    """Threads in the place of ranks, which meet in `fm_stages.oracle.ranks`'s two collectives."""
+
+    def __init__(self, num: int) -> None:
+        self.num, self.own = num, threading.local()
+        self.barrier, self.given = threading.Barrier(num, timeout=60), [torch.empty(0)] * num
+
+    def merge(self, parts: list[Partial]) -> list[Partial]:
+        """`Partial.merge_ranks` on each."""
+
+        def on_rank(rank: int) -> Partial:
+            self.own.rank = rank
+            return parts[rank].merge_ranks(self)
+
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(self.num) as threads:
+            patch.setattr(merge, "ranks", self)
+            return list(threads.map(on_rank, range(self.num)))
+
+    def num_ranks(self, group: object) -> int:
+        return self.num
+
+    def rank_of(self, group: object) -> int:
+        return self.own.rank
+
+    def gather(self, x: Tensor, sizes: list[int], group: object) -> Tensor:
+        return torch.cat(self._exchange(x))
+
+    def reduce(self, x: Tensor, group: object) -> Tensor:
+        return torch.stack(self._exchange(x)).sum(0)
+
+    def _exchange(self, x: Tensor) -> list[Tensor]:
+        self.given[self.own.rank] = x
+        self.barrier.wait()
+        seen = list(self.given)
+        self.barrier.wait()
+        return seen
 
 
 def part_of_each(rows: Tensor) -> Partial:

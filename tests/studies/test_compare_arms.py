@@ -119,6 +119,13 @@ class TestResolving:
         assert regular.weights_hash == hybrid.weights_hash == weighted.weights_hash != other.weights_hash
         assert len({arm.config_hash for arm in (regular, hybrid, weighted, other)}) == 4
 
+    def test_a_list_of_components_stays_plain_data(self, profile_of):
+        """Or no report of such an arm could be written after it was trained."""
+        (arm,) = resolve_arms([DIGITS], {"shifted": {"steering": {"policies": [SHIFT]}}}, profile_of())
+        assert arm.config["steering"]["policies"][0]["class_path"] == "fm_stages.training.ShiftToBoundary"
+        assert yaml.safe_load(yaml.safe_dump(arm.config)) == arm.config
+        assert len(arm.config_hash) == 16
+
     def test_reading_a_configuration_makes_no_folder_and_warns_of_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with warnings.catch_warnings():
