@@ -4,6 +4,7 @@ from fm_stages.training import flight
 from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, network_weights, read_checkpoint
 from fm_stages.training.checks import check_first_batch, check_num_rows
 from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
+from fm_stages.training.continuity import Continuity
 from fm_stages.training.ema import ramped_decay
 from fm_stages.training.flops import step_flops
 from fm_stages.training.gap_density import GapDensity
@@ -11,6 +12,7 @@ from fm_stages.training.guards import Guards, GuardStop
 from fm_stages.training.held_out import HeldOut
 from fm_stages.training.launcher import find_launcher
 from fm_stages.training.loggers import choose_wandb_mode
+from fm_stages.training.metrics_table import MetricsTable
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
 from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
@@ -41,6 +43,7 @@ __all__ = [
     "Checkpoints",
     "ClassSubsetTarget",
     "ConditionalTarget",
+    "Continuity",
     "FSDP2Strategy",
     "FlowMatching",
     "GapDensity",
@@ -48,6 +51,7 @@ __all__ = [
     "Guards",
     "HeldOut",
     "HybridTarget",
+    "MetricsTable",
     "OracleMonitor",
     "OracleTarget",
     "Policy",

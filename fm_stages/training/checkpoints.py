@@ -85,8 +85,17 @@ class Checkpoints(ModelCheckpoint):
             for file in Path(str(self.dirpath)).glob(f"*.ckpt.*{PART}"):
                 file.unlink(missing_ok=True)
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Save as `ModelCheckpoint` does, and last.ckpt also before there is a number that says which is best."""
+        super().on_train_batch_end(trainer, *args)
+        every = self._every_n_train_steps
+        if self._defer_save_until_validation and every and trainer.global_step and trainer.global_step % every == 0:
+            self.write_last(trainer)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best as `ModelCheckpoint` does, and last.ckpt also where this is not the best."""
+        if self._defer_save_until_validation:
+            self._last_global_step_saved = 0  # last.ckpt may be of this step, the best cannot be
         super().on_validation_end(trainer, pl_module)
         if self._every_n_train_steps == 0 and not self._should_skip_saving_checkpoint(trainer):
             self.write_last(trainer)
@@ -94,6 +103,15 @@ class Checkpoints(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let last.ckpt be the last step, also of a run that ends between two checkpoints."""
         self.write_last(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also whether the next validation is one to save after."""
+        return {**super().state_dict(), "deferred": self._defer_save_until_validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._defer_save_until_validation = state_dict.get("deferred", False)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Write a checkpoint, which rank 0 does; all ranks learn whether it is there.

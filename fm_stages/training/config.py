@@ -24,6 +24,7 @@ from fm_stages.training.checkpoints import (
     init_from,
     read_checkpoint,
 )
+from fm_stages.training.continuity import Continuity, is_within
 from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
@@ -37,6 +38,7 @@ from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
+from fm_stages.training.wandb_runs import choose_run, keep_run
 
 # else a checkpoint's text, read to build its network, could build an object of nearly any class and so open any file;
 # an empty list of our own makes jsonargparse refuse what it denies by default (os, subprocess, ...), and not only warn
@@ -71,6 +73,9 @@ SECTIONS = (
     "weights_only",
 )
 """Top-level keys of a configuration."""
+
+CSV_LOGGER, METRICS_TABLE = "lightning.pytorch.loggers.CSVLogger", "fm_stages.training.MetricsTable"
+"""What --trainer.logger CSVLogger names, and what a run has in its place: Lightning's begins anew with each start."""
 
 KEYWORDS = ("last", "best", "hpc")
 """Values of --ckpt_path that Lightning looks up itself."""
@@ -108,6 +113,7 @@ class RunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         with whole_file(folder / "config.yaml") as part:
             part.write_text(self._yaml)
+        keep_run(trainer)
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config.as_dict())
 
@@ -201,6 +207,9 @@ class TrainingCLI(LightningCLI):
             config.ckpt_path = find_last(config.checkpoints.dirpath)
         if any(logger.class_path.endswith("WandbLogger") for logger in loggers_of(config)):
             rank_zero_info(f"wandb: {choose_wandb_mode()}")
+        for logger in loggers_of(config):
+            if logger.class_path == CSV_LOGGER:
+                logger.class_path = METRICS_TABLE
         for arguments in logger_arguments(config):
             if "save_dir" in arguments and arguments["save_dir"] in (None, "."):
                 arguments["save_dir"] = config.trainer.default_root_dir
@@ -214,6 +223,7 @@ class TrainingCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         callbacks = [SameStart(), *callbacks, *(Preemption(c) for c in callbacks if isinstance(c, Checkpoints))]
+        callbacks = [*callbacks, Continuity()]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, StepProgressBar()]
         given, launcher = config.get("plugins") or [], find_launcher()
@@ -223,6 +233,9 @@ class TrainingCLI(LightningCLI):
         trainer = super()._instantiate_trainer({**config, "plugins": plugins}, callbacks)
         if launcher is not None:
             check_num_ranks(trainer, launcher)
+        settings = self.config[self.subcommand] if self.subcommand else self.config
+        folders = trainer.default_root_dir, settings.checkpoints.dirpath
+        choose_run(trainer, goes_on=is_within(settings.get("ckpt_path"), *folders))
         return trainer
 
     def before_fit(self) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from fm_stages.data import TrainingData
 from fm_stages.training.alerts import alert
 from fm_stages.training.checkpoints import Checkpoints
+from fm_stages.training.continuity import logged_so_far
 from fm_stages.training.flight import FOLDER, Flight, gather, plain, write_record
 from fm_stages.training.loggers import is_trial, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
@@ -252,7 +253,7 @@ class Guards(L.Callback):
             state = {"rewinds": self.rewinds + 1, "events": self.events, "num_in_a_row": 0}
             assert self._good is not None
             try:
-                write_rewound(self._good, folder, data, self.state_key, state)
+                write_rewound(self._good, folder, data, self.state_key, state, logged_so_far(trainer))
             except OSError as error:
                 failure = str(error)
         if failure := trainer.strategy.broadcast(failure):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -55,6 +57,19 @@ def write_table(trainer: L.Trainer, name: str, table: Table) -> None:
     with whole_file(run_folder(trainer) / f"{name}.csv") as part, part.open("w", newline="") as file:
         columns, rows = table
         csv.writer(file).writerows([columns, *rows])
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Take out of a file of JSON lines those of later steps, and a last one that is cut short; none is no file."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    with whole_file(file) as part:
+        part.write_text("".join(kept))
 
 
 @rank_zero_only

@@ -30,7 +30,14 @@ from fm_stages.training.flops import step_flops
 from fm_stages.training.generalisation import best_step_metrics, named, validation_metrics
 from fm_stages.training.loggers import current_step, log_metrics, write_curves
 from fm_stages.training.report import print_report, train_metrics
-from fm_stages.training.stages import density_of, find_stages, label_dropout_of, read_profile, stage_metrics
+from fm_stages.training.stages import (
+    density_of,
+    find_stages,
+    kept_profile,
+    label_dropout_of,
+    read_profile,
+    stage_metrics,
+)
 from fm_stages.training.validation import Validation
 from fm_stages.training.window import Window
 
@@ -123,8 +130,10 @@ class OracleMonitor(Findings, L.Callback):
         flops = step_flops(pl_module, seen["x_t"], seen["t"], seen.get("labels"))
         bank = self.oracle.bank.to(pl_module.device)
         rank_zero_info(f"Oracle: {describe(bank, len(seen['t']), share, trainer.world_size, flops)}")
-        known = self.profile if self.profile_file is not None else None
-        self.profile = find_stages(trainer, pl_module, self.oracle, share, known, self.profile_file)
+        known, file = (self.profile, self.profile_file) if self.profile_file is not None else (None, None)
+        if known is None and (kept := kept_profile(self._restored, self.oracle, share)) is not None:
+            known, file = kept, "the checkpoint"
+        self.profile = find_stages(trainer, pl_module, self.oracle, share, known, file)
         self._share = share
         self.wiener = linear_reference(bank, self.oracle.path)
 
@@ -182,9 +191,15 @@ class OracleMonitor(Findings, L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What is measured so far. Every rank calls this, as Lightning does when it writes a checkpoint."""
+        if self._window is None and self._restored is not None:
+            window = self._restored["window"]  # no batch has come since the run went on
+        else:
+            window = None if self._window is None else self._window.state_dict()
         return {
-            "window": None if self._window is None else self._window.state_dict(),
+            "window": window,
             "alarming": self._alarm.alarming,
+            "profile": None if self.profile is None else self.profile.to_json(),
+            "share": self._share,
             **self.findings(),
         }
 
@@ -198,13 +213,19 @@ class OracleMonitor(Findings, L.Callback):
         self.oracle.bank.to(pl_module.device)
         check_first_batch(self.oracle, seen)
         self._checked = True
-        share = label_dropout_of(trainer, pl_module, self.oracle, self.label_dropout, seen.get("labels"))
+        share = self._share_of(trainer, pl_module, seen)
         if self._share != share:
             self._prepare(trainer, pl_module, seen, share)
         self._window = self._new_window(pl_module)
         if self._restored is not None and self._restored["window"] is not None:
             self._window.load_state_dict(self._restored["window"])
         self._restored = None
+
+    def _share_of(self, trainer: L.Trainer, pl_module: L.LightningModule, seen: dict[str, Tensor]) -> float:
+        """Share of samples without label, which is known or is counted once in a run."""
+        kept = (self._restored or {}).get("share")
+        told = kept if self.label_dropout is None and not hasattr(pl_module, "label_dropout") else self.label_dropout
+        return label_dropout_of(trainer, pl_module, self.oracle, told, seen.get("labels"))
 
     def _new_window(self, pl_module: L.LightningModule) -> Window:
         assert self.profile is not None
@@ -255,8 +276,7 @@ class OracleMonitor(Findings, L.Callback):
             return
         seen = outputs_of(outputs, pl_module)
         if self._share is None:  # `validate` without a fit
-            share = label_dropout_of(trainer, pl_module, self.oracle, self.label_dropout, seen.get("labels"))
-            self._prepare(trainer, pl_module, seen, share)
+            self._prepare(trainer, pl_module, seen, self._share_of(trainer, pl_module, seen))
         assert self.profile is not None
         if self._validation is None:
             edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fm_stages.data import TrainingData
 from fm_stages.training.checkpoint_files import WholeFiles, whole_checkpoints
+from fm_stages.training.continuity import KEY
 from fm_stages.training.resume import LAST
 
 
@@ -55,7 +56,9 @@ def find_good(folder: Path, step: int) -> Path | None:
     return find_before(folder, step - 1) or find_before(folder, step)
 
 
-def write_rewound(good: Path, folder: Path, data: TrainingData, state_key: str, state: dict) -> None:
+def write_rewound(
+    good: Path, folder: Path, data: TrainingData, state_key: str, state: dict[str, Any], logged: dict[str, Any]
+) -> None:
     """Let last.ckpt be a good checkpoint that goes on with the batches after the one that is being trained on.
 
     The data never go back: what was passed over once stays so, however often and how far the weights go back.
@@ -66,9 +69,12 @@ def write_rewound(good: Path, folder: Path, data: TrainingData, state_key: str, 
         data: whose place now is the new one.
         state_key: of the guards, in the checkpoint.
         state: numbers of the guards that replace the checkpoint's.
+        logged: from `fm_stages.training.continuity.logged_so_far`: what was logged on the way stays in the tables.
     """
     checkpoint = torch.load(good, map_location="cpu", weights_only=True)
     data.pass_over(checkpoint)
     callbacks = checkpoint.setdefault("callbacks", {})
     callbacks[state_key] = {**callbacks.get(state_key, {}), **state}
+    if KEY in checkpoint:
+        checkpoint[KEY].update(logged)
     WholeFiles().save_checkpoint(checkpoint, folder / LAST)

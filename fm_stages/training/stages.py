@@ -25,6 +25,27 @@ def read_profile(file: str | Path, oracle: Oracle) -> StageProfile:
         ValueError: if it holds no profile, or that of other data; with what differs.
     """
     profile = StageProfile.load(file)
+    _check_data(profile, file, oracle)
+    return profile
+
+
+def kept_profile(state: dict[str, Any] | None, oracle: Oracle, share: float) -> StageProfile | None:
+    """The profile in a monitor's state, if it holds one of this bank, path and share of unlabelled samples.
+
+    A run goes on with the bins that it began with, to the last bit, also where other ranks would measure them.
+    """
+    if state is None or state.get("profile") is None or state.get("share") != share:
+        return None
+    profile = StageProfile.from_json(state["profile"])
+    try:
+        _check_data(profile, "the checkpoint", oracle)
+    except ValueError:
+        return None
+    return profile
+
+
+def _check_data(profile: StageProfile, file: str | Path, oracle: Oracle) -> None:
+    """Refuse a profile of other data."""
     bank = oracle.bank
     for name, there, here in (
         ("rows", profile.num_rows, bank.num_rows),
@@ -37,7 +58,6 @@ def read_profile(file: str | Path, oracle: Oracle) -> StageProfile:
         raise ValueError(
             _other_data(file, f"root mean square norm of a row: {profile.rms_norm:.6g} there, {bank.rms_norm:.6g} here")
         )
-    return profile
 
 
 def check_label_dropout(profile: StageProfile, share: float, file: str | Path) -> None:

@@ -16,11 +16,14 @@ from fm_stages import plots
 from fm_stages.training.alerts import alert
 from fm_stages.training.checks import outputs_of
 from fm_stages.training.gradients import measure_gradient_variance
-from fm_stages.training.loggers import is_trial, log_figure, log_metrics, run_folder
+from fm_stages.training.loggers import is_trial, keep_until, log_figure, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.outlook import Outlook
 from fm_stages.training.policies import NoProposalError, Policy
+
+FILE = "steering.jsonl"
+"""In the run's folder: one line for each change."""
 
 EMPHASIS = {"timesteps", "weighting"}
 """Both say how much each t counts."""
@@ -111,6 +114,12 @@ class StageAware(L.Callback):
                 self._numbers[name] = begin
         self._restored = False
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget what the file says of later steps, which come again; no gradients are measured twice at a step."""
+        self._measured_step = trainer.global_step
+        if trainer.is_global_zero and not is_trial(trainer):
+            keep_until(run_folder(trainer) / FILE, trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -154,6 +163,7 @@ class StageAware(L.Callback):
             "numbers": self._numbers,
             "last_step": self._last_step,
             "in_force": sorted(self._in_force),
+            "refused": dict(self._refused),
             "outlook": self._outlook.state_dict(),
         }
 
@@ -162,6 +172,7 @@ class StageAware(L.Callback):
         self._numbers = {name: list(numbers) for name, numbers in state_dict["numbers"].items()}
         self._last_step = dict(state_dict["last_step"])
         self._in_force = set(state_dict.get("in_force", self._numbers))  # older checkpoints do not say
+        self._refused = dict(state_dict.get("refused", {}))
         self._outlook.load_state_dict(state_dict["outlook"])
         self._restored = True
 
@@ -216,7 +227,7 @@ class StageAware(L.Callback):
             folder = run_folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
             line = {"step": step, "policy": name, "dry_run": policy.dry_run, "numbers": numbers, "reason": reason}
-            with (folder / "steering.jsonl").open("a") as file:
+            with (folder / FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _measure_gradients(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any) -> None:

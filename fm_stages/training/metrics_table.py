@@ -1,0 +1,96 @@
+"""The table of logged numbers that goes on when a run does, with no row twice and none lost."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from fm_stages.data import whole_file
+
+
+class MetricsTable(CSVLogger):
+    """`CSVLogger`, whose ``metrics.csv`` a resumed run goes on with: see `Continuity`, which tells it where.
+
+    A fresh start begins a folder of its own, ``version_0``, ``version_1``, ..., unless ``version`` names one.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _Rows:
+        """What is written, on rank 0."""
+        if not isinstance(self._experiment, _Rows):
+            self._experiment = _Rows(self)
+        return self._experiment
+
+    def go_on(self) -> None:
+        """Use the newest version there is, rather than the next one; before anything is written."""
+        if self._version is None or not Path(self.log_dir).exists():  # Lightning may have asked for the next one
+            self._version = max(self._get_next_version() - 1, 0)
+
+    @property
+    def num_rows(self) -> int:
+        """So far, after writing them all; on rank 0."""
+        self.save()
+        return self.experiment.num_rows
+
+    def cut(self, num_rows: int) -> None:
+        """Forget what was logged after so many rows; on rank 0."""
+        self.experiment.cut(num_rows)
+
+
+class _Rows(ExperimentWriter):
+    """Writes rows. Its folder is looked up when it is needed: Lightning makes this before anybody can say `go_on`."""
+
+    def __init__(self, table: MetricsTable) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.metrics_keys: list[str] = []
+        self.hparams: dict[str, Any] = {}
+        self.num_rows = 0
+        self._table, self._fs = table, get_filesystem(table.save_dir)
+
+    @property
+    def log_dir(self) -> str:  # type: ignore[override]
+        """Where the table lies; made where it is not there."""
+        Path(self._table.log_dir).mkdir(parents=True, exist_ok=True)
+        return self._table.log_dir
+
+    @property
+    def metrics_file_path(self) -> str:  # type: ignore[override]
+        return str(Path(self.log_dir) / self.NAME_METRICS_FILE)
+
+    def save(self) -> None:
+        """Append what is new; whatever a fresh start finds in its place goes."""
+        if not self.num_rows and self.metrics:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+        num_new = len(self.metrics)
+        super().save()
+        self.num_rows += num_new
+
+    def cut(self, num_rows: int) -> None:
+        """Keep the first rows, and the columns that they use; a last line that is cut short is not among them."""
+        file = Path(self.metrics_file_path)
+        rows = []
+        if file.exists():
+            with file.open(newline="") as text:
+                rows = list(csv.DictReader(text))[:num_rows]
+        self.metrics_keys = sorted({key for row in rows for key, value in row.items() if value})
+        self.num_rows = len(rows)
+        self._write(rows)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """The same with more columns; whole whenever the run is killed."""
+        with Path(self.metrics_file_path).open(newline="") as text:
+            rows = list(csv.DictReader(text))
+        self._write(rows)
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with whole_file(Path(self.metrics_file_path)) as part, part.open("w", newline="") as text:
+            writer = csv.DictWriter(text, self.metrics_keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
