@@ -38,6 +38,7 @@ from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
+from fm_stages.training.verify_resume import Trial, verify_resume
 from fm_stages.training.wandb_runs import choose_run, keep_run
 
 # else a checkpoint's text, read to build its network, could build an object of nearly any class and so open any file;
@@ -48,6 +49,7 @@ BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""
 
 HARMLESS = (
+    "LightningCLI's args parameter is intended",  # of a rehearsal, whose arguments are the command's and some more
     "The number of training batches",  # logging counts steps of the run, not of an epoch
     "Found .* module.s. in eval mode",  # the frozen twin
     "The '.*' does not have many workers",  # the images are in memory
@@ -69,6 +71,7 @@ SECTIONS = (
     "checkpoints",
     "guards",
     "init_from",
+    "verify_resume",
     "ckpt_path",
     "weights_only",
 )
@@ -184,10 +187,13 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--init-from", type=str | None, default=None, help="start from a checkpoint's weights alone (fit only)"
         )
+        parser.add_argument(
+            "--verify-resume", type=int, default=0, help="steps to rehearse a resume with before the run (fit only)"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a misspelt section is named first, for the parser would complain of what is then missing."""
-        arguments = sys.argv[1:] if args is None else list(args)
+        self._arguments = arguments = sys.argv[1:] if args is None else list(args)
         for file in config_files(arguments):
             if Path(file).is_file():
                 found = yaml.safe_load(Path(file).read_text())
@@ -222,8 +228,9 @@ class TrainingCLI(LightningCLI):
         check_strategy(config["strategy"])
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
-        callbacks = [SameStart(), *callbacks, *(Preemption(c) for c in callbacks if isinstance(c, Checkpoints))]
-        callbacks = [*callbacks, Continuity()]
+        for checkpoints in [c for c in callbacks if isinstance(c, Checkpoints)]:
+            callbacks = [*callbacks, Preemption(checkpoints), Continuity()]
+        callbacks = [SameStart(), *callbacks]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, StepProgressBar()]
         given, launcher = config.get("plugins") or [], find_launcher()
@@ -262,8 +269,24 @@ class TrainingCLI(LightningCLI):
             self.model.network_ema.load_state_dict(self.model.network.state_dict())
 
     def fit(self, **arguments: Any) -> None:
-        """``Trainer.fit``, and again from where the guards go back to."""
+        """``Trainer.fit``, and again from where the guards go back to; before it, the rehearsal that was asked for."""
+        if num_steps := self.config[self.subcommand].verify_resume:
+            run = Trial(self.trainer, self.model, self.datamodule)
+            verify_resume(self._trial, run, num_steps, arguments.get("ckpt_path"))
         fit_with_rewinds(self.trainer, **arguments)
+
+    def _trial(self, folder: Path) -> Trial:
+        """What the same command would build and run in another folder."""
+        changes = {
+            "trainer.default_root_dir": folder,
+            "trainer.logger": METRICS_TABLE,
+            "trainer.enable_model_summary": "false",
+            "checkpoints.dirpath": "null",
+            "ckpt_path": "null",
+            "init-from": "null",
+        }
+        trial = _Trial([*self._arguments, *(f"--{name}={value}" for name, value in changes.items())])
+        return Trial(trial.trainer, trial.model, trial.datamodule)
 
     def before_validate(self) -> None:
         """Validation measures the checkpoint that --ckpt_path names."""
@@ -301,3 +324,10 @@ class TrainingCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SampleGrid) and self.subcommand == "fit":
                 callback.check(self.model, self.datamodule)
+
+
+class _Trial(TrainingCLI):
+    """Builds what `TrainingCLI` builds, and leaves it to others to run it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass

@@ -151,10 +151,10 @@ class TestFiles:
 
     @pytest.fixture
     def with_oracle(self, make_module, make_trainer):
-        """A run whose target, monitor and data all hold the bank of 1438 rows."""
+        """A run whose target, monitor and data all hold the bank of 2 x 1438 rows."""
         torch.manual_seed(0)
         module = make_module(DiT(8, 4, 1, 8, 1, 2, 10), target=OracleTarget())
-        data = Digits(batch_size=32)
+        data = Digits(batch_size=32, flip=True)
         callbacks = [Checkpoints(monitor=None, every_n_train_steps=2), OracleMonitor(1, 1)]
         trainer = make_trainer(2, enable_checkpointing=True, callbacks=callbacks)
         trainer.fit(module, datamodule=data)
@@ -165,9 +165,11 @@ class TestFiles:
         checkpoint = torch.load(file, weights_only=True)
         assert set(checkpoint["state_dict"]) == set(module.state_dict())
         assert all(name.startswith(("network.", "network_ema.")) for name in checkpoint["state_dict"])
-        assert not [name for name, x in tensors(checkpoint).items() if 1438 in x.shape or x.numel() >= 1438 * 64]
+        assert not [
+            name for name, x in tensors(checkpoint).items() if {1438, 2876} & {*x.shape} or x.numel() >= 1438 * 64
+        ]
         weights = 4 * sum(p.numel() for p in module.parameters())  # raw and averaged; Adam keeps as much again
-        assert file.stat().st_size < 2 * weights + 50_000 < data.bank().num_bytes
+        assert file.stat().st_size < 2 * weights + 70_000 < data.bank().num_bytes
 
     def test_nothing_in_the_file_needs_unpickling(self, with_oracle):
         checkpoint = torch.load(with_oracle[2], weights_only=True)
