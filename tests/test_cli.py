@@ -491,6 +491,11 @@ MISTAKES = {
     "negative steps": ("arguments", ["--trainer.max_steps=-5"], "-5"),
     "negative seed": ("arguments", ["--seed_everything=-3"], "-3"),
     "validation never": ("arguments", ["--trainer.val_check_interval=0"], "val_check_interval"),
+    "validation inside a step": (
+        "arguments",
+        ["--trainer.accumulate_grad_batches=3"],
+        "val_check_interval=.* counts micro-batches where accumulate_grad_batches=3",
+    ),
     # checkpoints
     "missing checkpoint": ("arguments", ["--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
     "missing weights": ("arguments", ["--init-from=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),

@@ -1,7 +1,7 @@
 """Training data: each data module says once, in `bank()`, what its training set is."""
 
 from fm_stages.data.as_pictures import Pictures, pictures_of
-from fm_stages.data.atomic_files import PART, whole_file
+from fm_stages.data.atomic_files import PART, remove_parts, whole_file
 from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.batches import describe_shares
 from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_shard, sums_of_shard
@@ -68,6 +68,7 @@ __all__ = [
     "sums_of_shard",
     "to_model_range",
     "to_pixels",
+    "remove_parts",
     "whole_file",
     "write_shard",
     "write_statistics",

@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all, whenever the process that writes them is killed."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,3 +26,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove from a folder what `whole_file` was writing for processes that were killed; none may be writing now."""
+    for file in folder.glob(f"*{PART}"):
+        if re.fullmatch(rf".+\.\d+{re.escape(PART)}", file.name):
+            file.unlink(missing_ok=True)

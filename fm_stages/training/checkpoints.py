@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fm_stages.data import PART
+from fm_stages.data import remove_parts
 from fm_stages.training.checkpoint_files import WholeFiles, check_sums
-from fm_stages.training.loggers import is_trial
+from fm_stages.training.loggers import is_trial, run_folder
 
 CONFIG_KEY = "fm_stages_config"
 """Where a checkpoint keeps the YAML of the run that made it."""
@@ -70,48 +70,59 @@ class Checkpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+        self._step = 0
+        self._written: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fix the folder: a new one for each start would lose sight of the last checkpoint."""
         self.dirpath = self.dirpath or checkpoint_folder(trainer.default_root_dir)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
+        self._written = None
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove what a run before this one was writing when it was killed."""
         super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
         if trainer.is_global_zero and not is_trial(trainer):
-            for file in Path(str(self.dirpath)).glob(f"*.ckpt.*{PART}"):
-                file.unlink(missing_ok=True)
+            remove_parts(Path(str(self.dirpath)))
+            remove_parts(run_folder(trainer))
+            for folder in filter(Path.is_dir, run_folder(trainer).glob("*")):
+                remove_parts(folder)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Save as `ModelCheckpoint` does, and last.ckpt also before there is a number that says which is best."""
-        super().on_train_batch_end(trainer, *args)
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save every n steps, each of them as soon as it is whole.
+
+        `ModelCheckpoint` waits for the next validation where it knows no number that says which is best, and at the end
+        of an epoch for the next batch, which may lie inside an optimizer step: what was lost was not seen until a kill.
+        """
+        if trainer.global_step == self._step:
+            return  # gradients of a part of a batch are in no checkpoint
+        self._step = trainer.global_step
         every = self._every_n_train_steps
-        if self._defer_save_until_validation and every and trainer.global_step and trainer.global_step % every == 0:
+        if not every or self._step % every or not _trains(trainer):
+            return
+        if self.monitor is None:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self._step != trainer.max_steps:
             self.write_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the best as `ModelCheckpoint` does, and last.ckpt also where this is not the best."""
-        if self._defer_save_until_validation:
-            self._last_global_step_saved = 0  # last.ckpt may be of this step, the best cannot be
-        super().on_validation_end(trainer, pl_module)
-        if self._every_n_train_steps == 0 and not self._should_skip_saving_checkpoint(trainer):
+        """Save the best while the number that tells them apart is fresh; without an interval, last.ckpt."""
+        if not _trains(trainer):
+            return
+        if self.monitor is not None or not self._every_n_train_steps:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if not self._every_n_train_steps and trainer.global_step != trainer.max_steps:
             self.write_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let last.ckpt be the last step, also of a run that ends between two checkpoints."""
+        """Let last.ckpt be the last step, also of a run that ends between two checkpoints.
+
+        It comes after figures and tables, which a run that is found at its end would not make any more.
+        """
         self.write_last(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Also whether the next validation is one to save after."""
-        return {**super().state_dict(), "deferred": self._defer_save_until_validation}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        super().load_state_dict(state_dict)
-        self._defer_save_until_validation = state_dict.get("deferred", False)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Write a checkpoint, which rank 0 does; all ranks learn whether it is there.
@@ -145,8 +156,14 @@ class Checkpoints(ModelCheckpoint):
 
     def write_last(self, trainer: L.Trainer) -> None:
         """Write last.ckpt, unless it is of this step already or the run is a trial."""
-        if not is_trial(trainer) and self._last_global_step_saved != trainer.global_step:
+        if not is_trial(trainer) and self._written != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._written = trainer.global_step
+
+
+def _trains(trainer: L.Trainer) -> bool:
+    """Whether this is the training of a real run, and no sanity check."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking and not is_trial(trainer)
 
 
 def checkpoint_folder(run_folder: str) -> str:

@@ -308,8 +308,15 @@ class TrainingCLI(LightningCLI):
     def _check(self) -> None:
         """Data that can be read and fit the network; a checkpoint that can be read."""
         self.model.check_precision(self.trainer)
-        if self.config[self.subcommand].trainer.val_check_interval == 0:
+        interval, parts = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        if interval == 0:
             raise ValueError("val_check_interval=0 is no interval: give steps, or set limit_val_batches to 0")
+        if isinstance(interval, int) and self.trainer.check_val_every_n_epoch is None and interval % parts:
+            raise ValueError(
+                f"val_check_interval={interval} counts micro-batches where accumulate_grad_batches={parts} is given, "
+                "and would validate inside an optimizer step: give a multiple of it, or the data's micro_batch_size in "
+                "the place of accumulate_grad_batches, for then it counts steps"
+            )
         path = self.config[self.subcommand].ckpt_path
         if path and path not in KEYWORDS:
             checkpoint = read_checkpoint(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ class Continuity(Checkpoint):
             "random": gather(random_state(pl_module.device)),
             "table_rows": [table.num_rows for table in tables(trainer)],
             "row": _on_cpu(connector.metrics["log"]) if logs else {},
+            "epoch": trainer.current_epoch,
             "metrics": _on_cpu(trainer.callback_metrics),
             "validation_due": bool(in_step and fetcher is not None and loop._should_check_val_fx(fetcher)),
         }
@@ -66,11 +69,13 @@ class Continuity(Checkpoint):
         if goes_on(trainer):
             for table, num_rows in zip(tables(trainer), state["table_rows"], strict=False):
                 table.cut(num_rows)
-            connector.log_metrics(dict(state["row"]))
+            with _in_epoch(trainer, state["epoch"]):
+                connector.log_metrics(dict(state["row"]))
         if len(state["random"]) == trainer.world_size:  # other ranks hold other parts of a batch
             set_random_state(state["random"][trainer.global_rank], pl_module.device)
         if state["validation_due"] and trainer.enable_validation:
-            _validate(trainer)
+            with _in_epoch(trainer, state["epoch"]):
+                _validate(trainer)
 
 
 def logged_so_far(trainer: L.Trainer) -> dict[str, Any]:
@@ -120,6 +125,17 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 def _on_cpu(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.as_tensor(x).detach().cpu() for name, x in metrics.items()}
+
+
+@contextmanager
+def _in_epoch(trainer: L.Trainer, epoch: int) -> Iterator[None]:
+    """In the epoch that a checkpoint was written in: after one of an epoch's end Lightning is in the next one."""
+    progress = trainer.fit_loop.epoch_progress.current
+    now, progress.completed = progress.completed, epoch
+    try:
+        yield
+    finally:
+        progress.completed = now
 
 
 def _validate(trainer: L.Trainer) -> None:

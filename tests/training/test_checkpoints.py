@@ -129,6 +129,65 @@ class TestFiles:
 
         assert rising(7, Kill()) == {"step_0000002.ckpt": 2, "last.ckpt": 4}
 
+    @pytest.mark.parametrize("monitor", [None, "val/loss"])
+    def test_every_n_steps_is_every_n_whole_steps(self, make_module, make_data, make_trainer, monitor):
+        """Also before the first validation, at the end of an epoch (of 3 steps), and with accumulated gradients."""
+
+        class Saved(L.Callback):
+            def __init__(self) -> None:
+                self.at: list[tuple[int, int]] = []
+
+            def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+                done = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+                self.at.append((checkpoint["global_step"], done))
+
+        # of micro-batches, as Lightning counts them: 5 steps
+        validate = {"limit_val_batches": None, "val_check_interval": 10, "check_val_every_n_epoch": None}
+        callbacks = [saved := Saved(), Checkpoints(monitor, every_n_train_steps=3, save_top_k=-1)]
+        trainer = make_trainer(
+            12, callbacks=callbacks, accumulate_grad_batches=2, enable_checkpointing=True, **validate
+        )
+        trainer.fit(make_module(), datamodule=make_data())
+        assert all(done == 2 * step for step, done in saved.at)
+        best = [5, 10] if monitor else [3, 6, 9, 12]
+        assert sorted(step for step, _ in saved.at) == sorted([3, 6, 9, 12, *best])
+        files = {f"step_{step:07d}.ckpt" for step in best}
+        assert {file.name for file in Path("checkpoints").iterdir()} == {"last.ckpt", *files}
+
+    def test_the_last_file_comes_after_what_other_callbacks_write_at_the_end(
+        self, make_module, make_data, make_trainer
+    ):
+        class Writes(L.Callback):
+            def on_train_end(self, trainer, pl_module) -> None:
+                assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == 3
+                raise Killed
+
+        def fit(*callbacks) -> None:
+            callbacks = [*callbacks, Checkpoints(every_n_train_steps=3)]
+            trainer = make_trainer(6, callbacks=callbacks, enable_checkpointing=True)
+            with contextlib.suppress(Killed):
+                trainer.fit(make_module(), datamodule=make_data())
+
+        fit(Writes())
+        assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == 3
+        fit()
+        assert read_checkpoint("checkpoints/last.ckpt")["global_step"] == 6
+
+    def test_what_a_killed_run_was_writing_goes_and_nothing_else(self, rising, tmp_path):
+        folder = tmp_path / "run"
+        for name in (
+            "a.csv.123.part",
+            "oracle/b.csv.99.part",
+            "checkpoints/last.ckpt.7.part",
+            "film.part",
+            "x.1.parts",
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("not all of")
+        with contextlib.suppress(NotADirectoryError, ValueError):
+            rising(1)
+        assert sorted(file.name for file in folder.rglob("*.part*")) == ["film.part", "x.1.parts"]
+
     def test_the_last_one_is_whole_until_the_next_one_is(self, rising, tmp_path, monkeypatch):
         folder = tmp_path / "run/checkpoints"
         rising(3)
