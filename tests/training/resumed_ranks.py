@@ -51,12 +51,17 @@ class Recorder(L.Callback):
     def __init__(self, stop: int | None = None) -> None:
         self.stop = stop
         self.drawn: dict[int, dict[int, torch.Tensor]] = {}
+        self.times: dict[int, dict[int, float]] = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step + trainer.fit_loop.epoch_loop._should_accumulate()
-        rows = torch.cat([outputs[name].flatten(1) for name in ("x0", "x1")] + [outputs["t"][:, None]], 1)
-        both = zip(batch["position"].tolist(), rows, outputs["labels"], outputs["index"], strict=True)
-        self.drawn.setdefault(step, {}).update({p: torch.cat([x, label[None], i[None]]) for p, x, label, i in both})
+        drawn = [
+            outputs["x0"].flatten(1),
+            outputs["x1"].flatten(1),
+            *(outputs[x][:, None] for x in ("labels", "index")),
+        ]
+        self.drawn.setdefault(step, {}).update(zip(batch["position"].tolist(), torch.cat(drawn, 1), strict=True))
+        self.times.setdefault(step, {}).update(zip(batch["position"].tolist(), outputs["t"].tolist(), strict=True))
 
     def on_train_batch_start(self, trainer, *_) -> None:
         if trainer.global_step == self.stop:
@@ -80,8 +85,10 @@ class FullDisk(WholeFiles):
         raise OSError(28, os.strerror(28), str(path))
 
 
-def build(folder: Path, strategy: Any, devices: int, *callbacks: L.Callback, **trainer: Any) -> Trial:
-    """Two micro-batches of one rank are one of two; windows of 3 measurements, validation each 4 steps."""
+def build(
+    folder: Path, strategy: Any, devices: int, *callbacks: L.Callback, micro: int | None = 12, **trainer: Any
+) -> Trial:
+    """Windows of 3 measurements, which are of each rank's last micro-batch, and validation each 4 steps."""
     warnings.filterwarnings("ignore", ".*does not have many workers")
     torch.manual_seed(0)
     made = L.Trainer(
@@ -117,7 +124,7 @@ def build(folder: Path, strategy: Any, devices: int, *callbacks: L.Callback, **t
             torch.nn.init.normal_(parameter, std=0.05)
     optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)  # noqa: E731
     module = FlowMatching(network, optimizer=optimizer, warmup_steps=3, ema_decay=0.9)
-    return Trial(made, module, Digits(batch_size=BATCH, val_batch_size=181, flip=True, micro_batch_size=12))
+    return Trial(made, module, Digits(batch_size=BATCH, val_batch_size=181, flip=True, micro_batch_size=micro))
 
 
 def run(
@@ -128,7 +135,7 @@ def run(
     with contextlib.suppress(Stopped):
         trial.trainer.fit(trial.module, datamodule=trial.data, ckpt_path=ckpt_path)
     weights = {} if stop else {k: x.clone() for k, x in trial.trainer.strategy.lightning_module_state_dict().items()}
-    return {"drawn": recorder.drawn, "weights": weights}
+    return {"drawn": recorder.drawn, "times": recorder.times, "weights": weights}
 
 
 def rehearse(folder: Path, strategy: str, *planted: type[L.Callback]) -> str:
@@ -153,8 +160,8 @@ def main(folder: Path) -> dict[Any, Any]:
         seen[name, "parts"] = run(folder / name / "parts", make(), 2, last)
         seen[name, "rehearsal"] = rehearse(folder / name / "rehearsal", name)
     seen["forgetful"] = rehearse(folder / "forgetful", "ddp", Forgetful)
-    run(folder / "stopped", "ddp", 2, stop=STOP)
-    seen["from one"] = run(folder / "one", "ddp", 2, folder / "one/checkpoints/last.ckpt")
+    run(folder / "stopped", "ddp", 2, stop=STOP, micro=None)
+    seen["from one"] = run(folder / "one", "ddp", 2, folder / "one/checkpoints/last.ckpt", micro=None)
     try:
         run(folder / "full", "ddp", 2, plugins=[FullDisk()])
     except NotSaved as end:

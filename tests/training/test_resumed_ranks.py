@@ -18,17 +18,17 @@ def runs(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed_ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fm_stages.plots.save", lambda figure, path: path)
-        whole = resumed_ranks.run(folder / "one whole", "auto", 1)
-        resumed_ranks.run(folder / "one", "auto", 1, stop=resumed_ranks.STOP)
+        whole = resumed_ranks.run(folder / "one whole", "auto", 1, micro=None)
+        resumed_ranks.run(folder / "one", "auto", 1, stop=resumed_ranks.STOP, micro=None)
         ranks = launch(SCRIPT, folder, 2, "cpu")
         last = folder / "stopped/checkpoints/last.ckpt"
-        from_two = resumed_ranks.run(folder / "stopped", "auto", 1, last)
+        from_two = resumed_ranks.run(folder / "stopped", "auto", 1, last, micro=None)
     return SimpleNamespace(folder=folder, whole=whole, ranks=ranks, from_two=from_two)
 
 
-def drawn_by_all(ranks: list[dict], name) -> dict:
-    """Rows by step and place in the global batch, of all ranks; each place once."""
-    parts = [rank[name]["drawn"] for rank in ranks]
+def by_all(ranks: list[dict], name: str, what: str) -> dict:
+    """What was drawn by step and place in the global batch, of all ranks; each place once."""
+    parts = [rank[name][what] for rank in ranks]
     joined = {step: {} for step in parts[0]}
     for part in parts:
         for step, rows in part.items():
@@ -48,6 +48,7 @@ class TestAsManyRanks:
             whole, parts = rank[strategy, "whole"], rank[strategy, "parts"]
             assert list(parts["drawn"]) == list(range(6, 13))
             assert same_draws(whole["drawn"], parts["drawn"])
+            assert {step: whole["times"][step] for step in parts["times"]} == parts["times"]
         whole, parts = (runs.ranks[0][strategy, name]["weights"] for name in ("whole", "parts"))
         assert whole
         assert all(torch.equal(x, parts[name]) for name, x in whole.items())
@@ -65,24 +66,26 @@ class TestOtherRanks:
     @pytest.fixture(params=["from one", "from two"])
     def gone_on(self, request, runs):
         if request.param == "from one":
-            weights, drawn = runs.ranks[0]["from one"]["weights"], drawn_by_all(runs.ranks, "from one")
-            return weights, drawn, rows_of(runs.folder / "one")
-        return runs.from_two["weights"], runs.from_two["drawn"], rows_of(runs.folder / "stopped")
+            found = {what: by_all(runs.ranks, "from one", what) for what in ("drawn", "times")}
+            return {**runs.ranks[0]["from one"], **found, "rows": rows_of(runs.folder / "one")}
+        return {**runs.from_two, "rows": rows_of(runs.folder / "stopped")}
 
     def test_the_same_data_and_noise(self, runs, gone_on):
-        _, drawn, _ = gone_on
+        drawn = gone_on["drawn"]
         assert list(drawn) == list(range(6, 13))
         assert all(len(rows) == resumed_ranks.BATCH for rows in drawn.values())
         assert same_draws(runs.whole["drawn"], drawn)
+        for step, times in gone_on["times"].items():  # which follow the gap that was measured, in another order of sums
+            assert times == pytest.approx(runs.whole["times"][step], abs=1e-4)
 
     def test_the_same_weights_but_for_the_order_of_sums(self, runs, gone_on):
-        weights, _, _ = gone_on
+        weights = gone_on["weights"]
         worst = max(float((x - runs.whole["weights"][name]).abs().max()) for name, x in weights.items())
         print(f"largest difference of a weight: {worst:.2g}")
         assert worst < 1e-4
 
     def test_the_same_table(self, runs, gone_on):
-        _, _, rows = gone_on
+        rows = gone_on["rows"]
         expected = rows_of(runs.folder / "one whole")
         assert [row.keys() for row in rows] == [row.keys() for row in expected]
         for row, other in zip(rows, expected, strict=True):
@@ -93,7 +96,7 @@ class TestOtherRanks:
 
 def test_what_one_rank_loses_is_told_on_all(runs):
     first, second = (rank["forgetful"] for rank in runs.ranks)
-    assert "step 4: noise, times and labels" in second
+    assert "step 4, micro-batch 1: noise, times and labels" in second
     assert first == f"rank 1 cannot go on: {second}"
 
 
