@@ -82,7 +82,7 @@ class TestOtherRanks:
         weights = gone_on["weights"]
         worst = max(float((x - runs.whole["weights"][name]).abs().max()) for name, x in weights.items())
         print(f"largest difference of a weight: {worst:.2g}")
-        assert worst < 1e-4
+        assert worst < 5e-5
 
     def test_the_same_table(self, runs, gone_on):
         rows = gone_on["rows"]
@@ -96,7 +96,7 @@ class TestOtherRanks:
 
 def test_what_one_rank_loses_is_told_on_all(runs):
     first, second = (rank["forgetful"] for rank in runs.ranks)
-    assert "step 4, micro-batch 1: noise, times and labels" in second
+    assert second.endswith("First of what differs: callback/Forgetful/count")
     assert first == f"rank 1 cannot go on: {second}"
 
 
