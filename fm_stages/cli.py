@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import traceback
@@ -119,7 +120,20 @@ def _usage() -> str:
 
 
 def main() -> None:
-    """Run a subcommand; a mistake in the input ends with one line and status 2."""
+    """Run a subcommand; a mistake in the input ends with one line and status 2, Ctrl-C with one line and 130."""
+    command = _run
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with the message of the rank that died
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        command = record(_run)
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("\nfm-stages: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

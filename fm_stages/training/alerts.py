@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+from fm_stages.training.patience import call_logger
 
 WAIT_SEC = 3600
 """wandb drops an alert that repeats a title sooner: it sends each by mail."""
@@ -36,7 +39,11 @@ def alert(trainer: L.Trainer, title: str, text: str) -> None:
     rank_zero_warn(f"{title}: {text}")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.alert(title=title[:MAX_TITLE], text=text, level="WARN", wait_duration=WAIT_SEC)
+            call_logger(logger, "alert", partial(_send, logger, title, text))
+
+
+def _send(logger: WandbLogger, title: str, text: str) -> None:
+    logger.experiment.alert(title=title[:MAX_TITLE], text=text, level="WARN", wait_duration=WAIT_SEC)
 
 
 class IdentityAlarm:

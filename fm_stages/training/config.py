@@ -27,9 +27,11 @@ from fm_stages.training.checkpoints import (
 from fm_stages.training.continuity import Continuity, is_within
 from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
+from fm_stages.training.lifeline import Lifeline
 from fm_stages.training.loggers import choose_wandb_mode, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.patience import finish_loggers, make_patient
 from fm_stages.training.preemption import Preemption
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
@@ -230,7 +232,7 @@ class TrainingCLI(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         for checkpoints in [c for c in callbacks if isinstance(c, Checkpoints)]:
             callbacks = [*callbacks, Preemption(checkpoints), Continuity()]
-        callbacks = [SameStart(), *callbacks]
+        callbacks = [Lifeline(), SameStart(), *callbacks]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, StepProgressBar()]
         given, launcher = config.get("plugins") or [], find_launcher()
@@ -243,6 +245,8 @@ class TrainingCLI(LightningCLI):
         settings = self.config[self.subcommand] if self.subcommand else self.config
         folders = trainer.default_root_dir, settings.checkpoints.dirpath
         choose_run(trainer, goes_on=is_within(settings.get("ckpt_path"), *folders))
+        for logger in trainer.loggers:
+            make_patient(logger)
         return trainer
 
     def before_fit(self) -> None:
@@ -273,7 +277,15 @@ class TrainingCLI(LightningCLI):
         if num_steps := self.config[self.subcommand].verify_resume:
             run = Trial(self.trainer, self.model, self.datamodule)
             verify_resume(self._trial, run, num_steps, arguments.get("ckpt_path"))
-        fit_with_rewinds(self.trainer, **arguments)
+        status = 1
+        try:
+            fit_with_rewinds(self.trainer, **arguments)
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+            raise
+        finally:
+            finish_loggers(self.trainer.loggers, status)
 
     def _trial(self, folder: Path) -> Trial:
         """What the same command would build and run in another folder."""
