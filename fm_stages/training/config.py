@@ -28,7 +28,7 @@ from fm_stages.training.continuity import Continuity, is_within
 from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.lifeline import Lifeline
-from fm_stages.training.loggers import choose_wandb_mode, run_folder
+from fm_stages.training.loggers import choose_wandb_mode, run_folder, tell_lost_files
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.patience import finish_loggers, make_patient
@@ -285,6 +285,7 @@ class TrainingCLI(LightningCLI):
             status = int(end.code or 0)
             raise
         finally:
+            tell_lost_files(self.trainer)
             finish_loggers(self.trainer.loggers, status)
 
     def _trial(self, folder: Path) -> Trial:

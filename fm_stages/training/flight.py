@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -163,7 +164,7 @@ def write_record(
             record["config"] = config.read_text() if config.is_file() else None
             with whole_file(folder / JSON) as new:
                 new.write_text(json.dumps(record, indent=1, allow_nan=False))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has a name of its own for a full disk
         return str(error)
     return ""
 

@@ -1,8 +1,8 @@
 """One rank dies: the others hear of it at once, say whose fault it was, and end.
 
-A rank that has lost another one waits in the next collective: with gloo until the connection breaks, with NCCL up to the
-timeout of the process group, half an hour. So each rank holds a connection to rank 0, on which nothing is said but the
-last word. Whatever ends a process, an error, a signal or the kernel, also closes its connections.
+A rank that has lost another one waits in the next collective: with gloo until the connection breaks, with NCCL up to
+the timeout of the process group, half an hour. So each rank holds a connection to rank 0, on which nothing is said but
+the last word. Whatever ends a process, an error, a signal or the kernel, also closes its connections.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import time
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from fm_stages.training.guards import GuardStop
-from fm_stages.training.preemption import Preempted
 from fm_stages.training.rewinding import Rewind
 
 GOODBYE = b"\0"
@@ -77,7 +75,7 @@ class Lifeline(L.Callback):
             return
         self.__init__()  # type: ignore[misc]
         self._rank = trainer.global_rank
-        offer = None
+        offer = 0, b"", ""
         if self._rank == 0:
             self._server = _listen()
             self._token = secrets.token_bytes(TOKEN_BYTES)
@@ -101,8 +99,8 @@ class Lifeline(L.Callback):
             RankLost: in the place of an error that only says that a connection is gone.
         """
         self._ending.set()
-        if isinstance(exception, Preempted | GuardStop | Rewind):
-            self.close()  # as all ranks do
+        if isinstance(exception, SystemExit | Rewind):  # which all ranks decide together
+            self.close()
             return
         if (self._peers or self._heard.is_set()) and _is_lost(exception) and self._heard.wait(HEARD_SEC):
             self._print()
@@ -130,9 +128,9 @@ class Lifeline(L.Callback):
     def _watch(self) -> None:
         """Wait for last words; end the process if the others died and it does not end by itself."""
         with selectors.DefaultSelector() as selector:
-            for source in (self._server, *self._peers):
-                if source is not None:
-                    selector.register(source, selectors.EVENT_READ)
+            for known in (self._server, *self._peers):
+                if known is not None:
+                    selector.register(known, selectors.EVENT_READ)
             while selector.get_map() and not self.cause:
                 for key, _ in selector.select(timeout=0.5):
                     source = key.fileobj
@@ -237,4 +235,3 @@ def _is_lost(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-

@@ -7,12 +7,14 @@ import csv
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 
 from fm_stages import plots
@@ -49,12 +51,42 @@ def write_curves(trainer: L.Trainer, name: str, curves: Curves) -> None:
     write_table(trainer, f"{name}_{current_step(trainer):07d}", curves.table())
 
 
+@contextmanager
+def dispensable(trainer: L.Trainer, name: str) -> Iterator[None]:
+    """Around the writing of a file that training does not need: where the disk is full it goes on.
+
+    The first such failure of a run is told at once, and how many there were by `tell_lost_files`.
+    """
+    try:
+        yield
+    except OSError as error:
+        lost = _LOST_FILES.setdefault(trainer, [])
+        lost.append(f"{name}: {error}")
+        if len(lost) == 1:
+            rank_zero_warn(
+                f"{name} could not be written ({error}). Training goes on; a checkpoint that cannot be written ends it."
+            )
+
+
+def tell_lost_files(trainer: L.Trainer) -> None:
+    """At the end of a run: how many files are missing, if any are."""
+    if lost := _LOST_FILES.pop(trainer, []):
+        rank_zero_info(f"{len(lost)} figures or tables could not be written, first {lost[0]}.")
+
+
+_LOST_FILES: WeakKeyDictionary[L.Trainer, list[str]] = WeakKeyDictionary()
+
+
 @rank_zero_only
 def write_table(trainer: L.Trainer, name: str, table: Table) -> None:
     """A table as ``<run>/<name>.csv``, whole whenever a run is killed."""
     if is_trial(trainer):
         return
-    with whole_file(run_folder(trainer) / f"{name}.csv") as part, part.open("w", newline="") as file:
+    with (
+        dispensable(trainer, f"{name}.csv"),
+        whole_file(run_folder(trainer) / f"{name}.csv") as part,
+        part.open("w", newline="") as file,
+    ):
         columns, rows = table
         csv.writer(file).writerows([columns, *rows])
 
@@ -90,7 +122,8 @@ def log_figure(trainer: L.Trainer, name: str, figure: Figure, table: Table, step
     if is_trial(trainer):
         return
     write_table(trainer, name, table)
-    log_image(trainer, f"{name}_figure", plots.save(figure, run_folder(trainer) / f"{name}.png"), step)
+    with dispensable(trainer, f"{name}.png"):
+        log_image(trainer, f"{name}_figure", plots.save(figure, run_folder(trainer) / f"{name}.png"), step)
 
 
 @rank_zero_only

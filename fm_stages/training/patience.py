@@ -145,14 +145,17 @@ def make_patient(logger: Logger) -> None:
     if hasattr(kind, "patience"):
         return
     patience = Patience(kind.__name__)
-    members: dict[str, Any] = {"patience": patience, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    members: dict[str, Any] = {"patience": patience, "__module__": __name__, "__doc__": kind.__doc__}
     for name in dir(kind):
         member = inspect.getattr_static(kind, name)
         if isinstance(member, property) and name in PROPERTIES:
-            members[name] = property(_in_thread(patience, name, member.fget, Silent() if name == "experiment" else None))
+            members[name] = property(
+                _in_thread(patience, name, member.fget, Silent() if name == "experiment" else None)
+            )
         elif inspect.isfunction(member) and not name.startswith("_"):
             members[name] = _in_thread(patience, name, member)
-    logger.__class__ = type(kind.__name__, (kind,), members)
+    # another name: configurations choose loggers by the names of all classes there are
+    logger.__class__ = type(f"Patient{kind.__name__}", (kind,), members)
 
 
 def call_logger(logger: Logger, what: str, function: Callable[[], Any]) -> None:
@@ -178,12 +181,23 @@ def finish_loggers(loggers: Iterable[Logger], status: int) -> None:
         patience = getattr(logger, "patience", None)
         if not isinstance(patience, Patience):
             continue
-        last: Callable[[], Any] = logger.save
+        last: Callable[[], Any] = _nothing
         if isinstance(logger, WandbLogger):
-            import wandb
-
-            last = functools.partial(wandb.teardown, exit_code=status)
+            last = functools.partial(_end_wandb, status)
         patience.finish("teardown", last, FINISH_SEC if status == 0 else HURRY_SEC)
+
+
+def _end_wandb(status: int) -> None:
+    import wandb
+
+    try:
+        wandb.teardown(exit_code=status)
+    finally:
+        wandb.run = None  # else the next run of this process would go on with one whose service is gone
+
+
+def _nothing() -> None:
+    """What comes after all calls that still wait."""
 
 
 def _in_thread(patience: Patience, what: str, function: Any, default: Any = None) -> Callable[..., Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from fm_stages import plots
-from fm_stages.data import TrainingData, pictures_of, to_model_range
+from fm_stages.data import TrainingData, pictures_of, to_model_range, whole_file
 from fm_stages.flow import Guidance, sample, solver_named, time_grid
-from fm_stages.training.loggers import is_trial, log_image, run_folder, write_table
+from fm_stages.training.loggers import dispensable, is_trial, log_image, run_folder, write_table
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.predictions import predict_data, prediction_figure
 
@@ -158,10 +158,11 @@ class SampleGrid(L.Callback):
                 )
                 if trainer.is_global_zero:
                     name = f"{weights.lower()}{suffix}"
-                    path = _file(trainer, name)
-                    save_grid(as_images(images, data), path, columns)
-                    path.with_suffix(".json").write_text(json.dumps(self._drawn_how(moved, labels, columns)))
-                    log_image(trainer, f"samples/{name}", path)
+                    path, how = _file(trainer, name), self._drawn_how(moved, labels, columns)
+                    with dispensable(trainer, path.name):
+                        save_grid(as_images(images, data), path, columns)
+                        path.with_suffix(".json").write_text(json.dumps(how))
+                        log_image(trainer, f"samples/{name}", path)
 
     def _drawn_how(self, guidance: Guidance, labels: Tensor, columns: int) -> dict[str, Any]:
         """What a grid shows, row after row, and by which settings: enough to draw it again from the weights."""
@@ -190,7 +191,8 @@ class SampleGrid(L.Callback):
             to_picture, note = shown
             figure = prediction_figure(found, to_picture, f"step {trainer.global_step}", note)
             write_table(trainer, f"samples/{_file(trainer, 'predictions').stem}", found.table())
-            log_image(trainer, "samples/predictions", plots.save(figure, _file(trainer, "predictions")))
+            with dispensable(trainer, "samples/predictions"):
+                log_image(trainer, "samples/predictions", plots.save(figure, _file(trainer, "predictions")))
 
 
 @contextmanager
@@ -225,8 +227,8 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
         path: of the file.
         columns: images in a row.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     images = images if images.shape[1] == 3 else images[:, :1]
     zoom = math.ceil(SMALLEST_SIDE / images.shape[-1])
     images = images.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1), format="png")
+    with whole_file(path) as part:
+        save_image(images, part, nrow=columns, normalize=True, value_range=(-1, 1), format="png")

@@ -16,7 +16,7 @@ from fm_stages import plots
 from fm_stages.training.alerts import alert
 from fm_stages.training.checks import outputs_of
 from fm_stages.training.gradients import measure_gradient_variance
-from fm_stages.training.loggers import is_trial, keep_until, log_figure, log_metrics, run_folder
+from fm_stages.training.loggers import dispensable, is_trial, keep_until, log_figure, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.outlook import Outlook
@@ -225,7 +225,6 @@ class StageAware(L.Callback):
         log_metrics(trainer, {f"{prefix}{key}": value for key, value in scalars.items()})
         if not is_trial(trainer):
             folder = run_folder(trainer)
-            folder.mkdir(parents=True, exist_ok=True)
             line = {"step": step, "policy": name, "dry_run": policy.dry_run, "numbers": numbers, "reason": reason}
             with (folder / FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
