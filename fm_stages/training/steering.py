@@ -16,7 +16,7 @@ from fm_stages import plots
 from fm_stages.training.alerts import alert
 from fm_stages.training.checks import outputs_of
 from fm_stages.training.gradients import measure_gradient_variance
-from fm_stages.training.loggers import dispensable, is_trial, keep_until, log_figure, log_metrics, run_folder
+from fm_stages.training.loggers import is_trial, keep_until, log_figure, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.outlook import Outlook
