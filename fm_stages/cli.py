@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import sysconfig
 import traceback
@@ -115,7 +116,8 @@ def _usage() -> str:
     rows = "\n".join(f"  {name:10} {text}" for name, (text, _) in COMMANDS.items())
     return (
         f"fm-stages {__version__}\n{purpose}\n\nusage: fm-stages COMMAND [options]\n\n{rows}\n\n"
-        "fm-stages COMMAND --help lists a command's options."
+        "fm-stages COMMAND --help lists a command's options. Each takes --allow-import PACKAGE as well, after which\n"
+        "configurations and checkpoints may name classes of that package, which is to run its code."
     )
 
 
@@ -127,13 +129,33 @@ def main() -> None:
 
         command = record(_run)
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # a reader who has left is found here, and not as Python ends
     except KeyboardInterrupt:
         print("\nfm-stages: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as of a process that SIGPIPE ended
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run() -> None:
+    try:
+        packages = _take_allowed(sys.argv)
+    except ValueError as error:
+        print(f"fm-stages: {error}", file=sys.stderr)
+        sys.exit(2)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -147,15 +169,52 @@ def _run() -> None:
         print(f"fm-stages: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     try:
+        if packages:
+            from fm_stages.training import allow_imports
+
+            allow_imports(*packages)
         COMMANDS[arguments[0]][1]()
+    except BrokenPipeError:
+        raise
     except Exception as error:
         found = _input_error(error)
         if found is None:
             raise
-        message = "; ".join(line.strip() for line in str(found).splitlines() if line.strip()).replace(":;", ":")
+        from fm_stages.training import explain
+
+        message = "; ".join(line.strip() for line in explain(str(found)).splitlines() if line.strip()).replace(
+            ":;", ":"
+        )
         place = "" if message.startswith("--") else _config_files(arguments)  # an option is at fault, not a file
         print(f"fm-stages: {place}{message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _take_allowed(argv: list[str]) -> list[str]:
+    """Take the packages of --allow-import out of the arguments, for this process and those that it starts.
+
+    They go through the environment, which Lightning's other ranks and the runs of a comparison inherit: so no command
+    has to know of the option.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    packages, rest = [], []
+    words = iter(argv)
+    for word in words:
+        name, given, package = word.partition("=")
+        if name != "--allow-import":
+            rest.append(word)
+            continue
+        package = package if given else next(words, "")
+        if not all(part.isidentifier() for part in package.split(".")):
+            raise ValueError(f"--allow-import {package!r}: give the name of a package, as my_package")
+        packages.append(package)
+    if packages:
+        argv[:] = rest
+        known = os.environ.get("FM_STAGES_ALLOW_IMPORT", "").split(",")
+        os.environ["FM_STAGES_ALLOW_IMPORT"] = ",".join(filter(None, dict.fromkeys([*known, *packages])))
+    return packages
 
 
 def _input_error(error: BaseException | None) -> BaseException | None:

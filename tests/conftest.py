@@ -23,6 +23,7 @@ os.environ.update(
         "WANDB_ERROR_REPORTING": "false",
         **{f"WANDB_{name}_DIR": _WANDB.name for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")},
         "OMP_NUM_THREADS": "1",
+        "FM_STAGES_ALLOW_IMPORT": "tests",  # networks and data of their own
     }
 )
 for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
@@ -125,6 +126,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which fit sets: so that it is unset afterwards
+    monkeypatch.setenv("FM_STAGES_ALLOW_IMPORT", os.environ["FM_STAGES_ALLOW_IMPORT"])  # and --allow-import this
 
     def run(*arguments) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["fm-stages", *map(str, arguments)])

@@ -172,7 +172,12 @@ class TestFit:
         monkeypatch.syspath_prepend(tmp_path)
         Path("own.yaml").write_text("data: fm_stages.data.Digits\nmodel:\n  network: my_networks.Scale\n")
         arguments = [x for x in TINY if not x.startswith(NETWORK)]
-        done = command("fit", "--config=own.yaml", *arguments, f"{NETWORK}.start=0.5", "--trainer.logger=CSVLogger")
+        arguments = ["fit", "--config=own.yaml", *arguments, f"{NETWORK}.start=0.5", "--trainer.logger=CSVLogger"]
+        refused = command(*arguments)
+        assert refused.status == 2
+        assert "own.yaml: model.network: my_networks.Scale is not imported: " in refused.err
+        assert "if you trust that, add --allow-import my_networks" in refused.err
+        done = command(*arguments, "--allow-import", "my_networks")
         assert done.status == 0, done.err
         weights = network_weights(read_checkpoint("runs/default/checkpoints/last.ckpt"), ema=False)
         assert list(weights) == ["scale"]
@@ -417,7 +422,8 @@ MISTAKES = {
     "missing": ("arguments", ["--config=nowhere.yaml"], "nowhere.yaml"),
     "a folder": ("arguments", ["--config=."], "not a file"),
     # the command line
-    "no configuration": ("alone", [], "model.network, fit.data"),
+    "no configuration": ("alone", [], "no network is named: choose one with --model.network DiT"),
+    "no data": ("alone", ["--model.network=torch.nn.Identity"], "no data is named: choose some with --data"),
     "abbreviation": ("arguments", ["--trainer.max_step=4"], "trainer.max_step"),
     "unknown option": ("arguments", ["--modle.seed=4"], "modle.seed"),
     "unknown word": ("arguments", ["hello"], "hello"),
@@ -596,7 +602,7 @@ class TestMistakes:
         (folder / "own.yaml").write_text("data: fm_stages.data.Digits\nmodel:\n  network: broken_networks.Net\n")
         monkeypatch.syspath_prepend(folder)
         with pytest.raises(KeyError, match="width"):
-            command("fit", "--config", "own.yaml", "--trainer.logger=false")
+            command("fit", "--config", "own.yaml", "--trainer.logger=false", "--allow-import=broken_networks")
 
     def test_in_a_process_of_its_own(self, tmp_path):
         command = [sys.executable, "-m", "fm_stages", "fit", "--config", str(DIGITS), "--trainer.max_step", "4"]

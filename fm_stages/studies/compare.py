@@ -40,7 +40,7 @@ from fm_stages.studies.compare_runs import (
 )
 from fm_stages.studies.runs import build_run
 from fm_stages.studies.text_files import write_json, write_text
-from fm_stages.training import read_checkpoint
+from fm_stages.training import ALLOWED_BY, read_checkpoint
 
 
 def compare_parser() -> ArgumentParser:
@@ -250,7 +250,8 @@ class _Comparing:
         for name, default in asdict(ProbeSettings()).items():
             if getattr(self.settings, name) != default:
                 words += [f"--{name}", str(getattr(self.settings, name))]
-        return words
+        packages = os.environ.get(ALLOWED_BY, "").split(",")
+        return words + [f"--allow-import={package}" for package in packages if package]
 
 
 def _finish(run: Run, probe: Probe, group: str, bar: tqdm) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages.oracle import THRESHOLDS, StageProfile
 from fm_stages.studies.runs import build_run
-from fm_stages.training import SECTIONS, FlowMatching, OracleMonitor, SampleGrid, StageAware, TrainingCLI
+from fm_stages.training import SECTIONS, FlowMatching, OracleMonitor, SampleGrid, StageAware, TrainingCLI, instantiate
 
 SHARED = {
     "data": "every arm sees the same images",
@@ -156,7 +156,7 @@ def _check_callbacks(config: Mapping[str, Any], module: FlowMatching) -> None:
     sections = {"monitor": OracleMonitor, "steering": StageAware, "samples": SampleGrid}
     for section, callback in sections.items():
         parser.add_lightning_class_args(callback, section)
-    built = parser.instantiate(parser.parse_object({name: config[name] for name in sections}))
+    built = instantiate(parser, parser.parse_object({name: config[name] for name in sections}))
     built.steering.check(module)
     for policy in built.steering.policies:
         policy.start(module)  # refuses a module that it cannot steer

@@ -31,6 +31,7 @@ from fm_stages.studies.features import Extractor
 from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.studies.runs import open_run
 from fm_stages.studies.sources import open_data
+from fm_stages.training import instantiate
 
 SEED = 0
 """Of the subsets of metrics, and of the choice of training images."""
@@ -58,7 +59,7 @@ class _Evaluation:
         self.options, self.job = options, job
         with together(job.group):
             self.device = job.device(options.device)
-            module = parser.instantiate(options).features  # first: what it lacks is soon said
+            module = instantiate(parser, options).features  # first: what it lacks is soon said
             self.drawing = None if options.samples else Drawing.of(options, self.device)
             self.data = self._data()
             shape = picture_shape(self.data)

@@ -22,6 +22,7 @@ from fm_stages.data import TrainingData
 from fm_stages.studies.features_classifier import Classifier, write_classifier
 from fm_stages.studies.features_weights import sha256_of
 from fm_stages.studies.ranks import Job
+from fm_stages.training import instantiate
 
 
 def features_command(arguments: list[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def features_command(arguments: list[str] | None = None) -> None:
     parser = _parser()
     try:
         options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
-        data: TrainingData = parser.instantiate(options).data
+        data: TrainingData = instantiate(parser, options).data
     except ArgumentError as error:
         raise ValueError(f"{error} (fm-stages features --help lists what can be given)") from error
     _check(options)

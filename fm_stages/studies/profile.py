@@ -25,6 +25,7 @@ from fm_stages.studies.sources import Source, open_source
 from fm_stages.studies.study import LABEL_DROPOUT, Study, study_stages
 from fm_stages.studies.text_files import write_text
 from fm_stages.studies.trends import has_trend
+from fm_stages.training import instantiate
 
 FIGURES = ("trends", "posterior", "oracle_paths")
 """Those that not every run draws."""
@@ -104,7 +105,7 @@ def _parse(arguments: list[str]) -> Namespace:
     """The options, path and density as objects."""
     parser = profile_parser()
     try:
-        return parser.instantiate(parser.parse_args(arguments))
+        return instantiate(parser, parser.parse_args(arguments))
     except ArgumentError as error:
         reason = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", str(error))
         raise ValueError(f"{reason} (fm-stages profile --help lists what can be given)") from error

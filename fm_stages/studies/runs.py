@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages.data import TrainingData
-from fm_stages.training import CONFIG_KEY, FlowMatching, read_checkpoint
+from fm_stages.training import CONFIG_KEY, FlowMatching, explain, instantiate, read_checkpoint
 
 
 def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, TrainingData]:
@@ -41,7 +42,10 @@ def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
     config = yaml.safe_load(checkpoint[CONFIG_KEY])
     if not isinstance(config, dict) or not config.get("model"):
         raise ValueError(f"{path} carries a configuration without a model: it is damaged")
-    module, images = build_run({**config, "data": {"class_path": data} if data else config.get("data")})
+    try:
+        module, images = build_run({**config, "data": {"class_path": data} if data else config.get("data")})
+    except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {explain(str(error))}") from error
     return checkpoint, module, images
 
 
@@ -51,5 +55,5 @@ def build_run(config: dict[str, Any]) -> tuple[FlowMatching, Any]:
     parser.add_lightning_class_args(FlowMatching, "model")
     parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
     given = {name: config[name] for name in ("model", "data") if config[name] is not None}
-    run = parser.instantiate(parser.parse_object(given))
+    run = instantiate(parser, parser.parse_object(given))
     return run.model, run.get("data")

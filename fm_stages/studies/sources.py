@@ -19,7 +19,7 @@ from fm_stages.data import TrainingData, read_rows, some_rows
 from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank
 from fm_stages.studies.facts import check_distinct
-from fm_stages.training import CONFIG_KEY, read_checkpoint
+from fm_stages.training import CONFIG_KEY, explain, instantiate, read_checkpoint
 
 FILES = (".npy", ".safetensors")
 CONFIGS = (".yaml", ".yml")
@@ -165,7 +165,7 @@ def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
     if "path" in model:
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(flow.Path, "path")
-        path = parser.instantiate(parser.parse_object({"path": model["path"]})).path
+        path = instantiate(parser, parser.parse_object({"path": model["path"]})).path
     return sections["data"], path, model.get("label_dropout")
 
 
@@ -174,9 +174,9 @@ def _module_of(section: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=L.LightningDataModule, required=True)
     try:
-        return parser.instantiate(parser.parse_object({"data": section})).data
+        return instantiate(parser, parser.parse_object({"data": section})).data
     except ArgumentError as error:
-        reason = str(error).removeprefix('Parser key "data":').strip()
+        reason = explain(str(error).removeprefix('Parser key "data":').strip())
         raise ValueError(
             f"{reason}; what is no file is the class path of a data module, as Digits, FashionMNIST, CIFAR10 or "
             "ImageFolder, or {class_path: ..., init_args: {...}}"

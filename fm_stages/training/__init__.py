@@ -3,6 +3,7 @@
 from fm_stages.training import flight
 from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, network_weights, read_checkpoint
 from fm_stages.training.checks import check_first_batch, check_num_rows
+from fm_stages.training.class_paths import ALLOWED_BY, allow_imports, explain, instantiate
 from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
 from fm_stages.training.continuity import Continuity
 from fm_stages.training.ema import ramped_decay
@@ -36,6 +37,7 @@ from fm_stages.training.targets import (
 from fm_stages.training.throughput import Throughput
 
 __all__ = [
+    "ALLOWED_BY",
     "CONFIG_KEY",
     "QUANTITIES",
     "SECTIONS",
@@ -69,6 +71,7 @@ __all__ = [
     "TemperedTarget",
     "Throughput",
     "TrainingCLI",
+    "allow_imports",
     "check_first_batch",
     "check_num_rows",
     "check_strategy",
@@ -76,11 +79,13 @@ __all__ = [
     "closed",
     "config_files",
     "expected_floors",
+    "explain",
     "find_before",
     "find_launcher",
     "fit_with_rewinds",
     "flight",
     "init_from",
+    "instantiate",
     "network_weights",
     "predict_data",
     "prediction_figure",

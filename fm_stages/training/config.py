@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
+from argparse import ArgumentError
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -24,6 +26,7 @@ from fm_stages.training.checkpoints import (
     init_from,
     read_checkpoint,
 )
+from fm_stages.training.class_paths import check_classes
 from fm_stages.training.continuity import Continuity, is_within
 from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
@@ -42,10 +45,6 @@ from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
 from fm_stages.training.verify_resume import Trial, verify_resume
 from fm_stages.training.wandb_runs import choose_run, keep_run
-
-# else a checkpoint's text, read to build its network, could build an object of nearly any class and so open any file;
-# an empty list of our own makes jsonargparse refuse what it denies by default (os, subprocess, ...), and not only warn
-set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""
@@ -81,6 +80,12 @@ SECTIONS = (
 
 CSV_LOGGER, METRICS_TABLE = "lightning.pytorch.loggers.CSVLogger", "fm_stages.training.MetricsTable"
 """What --trainer.logger CSVLogger names, and what a run has in its place: Lightning's begins anew with each start."""
+
+NEEDED = {
+    "model.network": "network is named: choose one with --model.network DiT and its arguments",
+    "data": "data is named: choose some with --data FashionMNIST",
+}
+"""Keys that have no default, and what to say of them."""
 
 KEYWORDS = ("last", "best", "hpc")
 """Values of --ckpt_path that Lightning looks up itself."""
@@ -201,7 +206,14 @@ class TrainingCLI(LightningCLI):
                 found = yaml.safe_load(Path(file).read_text())
                 if strange := [key for key in found or {} if key not in SECTIONS] if isinstance(found, dict) else []:
                     raise ValueError(f"{file} has a section {strange[0]!r}; there are {', '.join(SECTIONS)}")
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            for key, needed in NEEDED.items():
+                if re.search(rf"arguments are required: .*\b(fit|validate)\.{key}\b", str(error)):
+                    raise ValueError(f"no {needed}, or with --config FILE that does") from error
+            raise
+        check_classes(self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint while parsing: `_check` reads it, with a message if it cannot be read."""

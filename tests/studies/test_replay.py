@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fm_stages.training import allow_imports
+
 DIGITS = Path(__file__).parents[2] / "configs/digits_dit.yaml"
 RUN = Path("runs/digits_dit")
 NETWORK = "--model.network.init_args"
@@ -63,6 +65,7 @@ def fit(command, tmp_path, monkeypatch):
     """A run with a network of a file of its own, and its record."""
     (tmp_path / "breaks.py").write_text(BREAKS)
     monkeypatch.syspath_prepend(tmp_path)
+    allow_imports("breaks")
 
     def run(name: str, *options: str):
         network = f"--model.network={name}" if name else "--model.network=fm_stages.networks.DiT"

@@ -128,7 +128,7 @@ MISTAKES = {
     "no folder": ("./nowhere", {}, "there is no .*nowhere"),
     "no config": ("nowhere.yaml", {}, "no file nowhere.yaml"),
     "no class": ("fm_stages.data.Digit", {}, "no attribute 'Digit'; .*class path of a data module"),
-    "no module": ("nowhere.Digits", {}, "No module named 'nowhere'"),
+    "no module": ("nowhere.Digits", {}, "nowhere.Digits is not imported: .* add --allow-import nowhere"),
     "a word": ("Digitz", {}, "class path of a data module, as Digits"),
     "another class": ("torch.nn.Linear", {}, "torch.nn.Linear does not correspond to a subclass"),
     "misspelt argument": ("{class_path: Digits, init_args: {batch_siz: 3}}", {}, "'batch_siz' is not accepted"),
