@@ -544,7 +544,7 @@ class TestMistakes:
             (folder / "mistake.yaml").write_bytes(given if isinstance(given, bytes) else given.encode())
             arguments = ["--config", "mistake.yaml"]
         elif kind == "alone":
-            arguments = []
+            arguments = given
         else:
             arguments += given
         files = set(folder.rglob("*"))

@@ -5,6 +5,16 @@ from fm_stages.data.atomic_files import PART, remove_parts, whole_file
 from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.batches import describe_shares
 from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_shard, sums_of_shard
+from fm_stages.data.foreign import (
+    check_array,
+    check_pixels,
+    load_tensors,
+    parse_json,
+    read_array_header,
+    read_json,
+    read_yaml,
+    read_yaml_file,
+)
 from fm_stages.data.image_files import ImageFiles, list_images, splits_of
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.latent_index import LatentIndex, locked
@@ -49,15 +59,23 @@ __all__ = [
     "TrainingData",
     "available_memory_bytes",
     "channel_statistics",
+    "check_array",
     "check_own_files",
+    "check_pixels",
     "combine_sums",
     "complete_folder",
     "describe_shares",
     "list_images",
     "list_of_sources",
+    "load_tensors",
     "load_vae",
     "locked",
     "open_folder",
+    "parse_json",
+    "read_array_header",
+    "read_json",
+    "read_yaml",
+    "read_yaml_file",
     "pictures_of",
     "planned_index",
     "read_rows",

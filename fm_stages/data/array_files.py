@@ -1,6 +1,5 @@
 """Rows in ``.npy`` files: one array of all rows, or one latent per file in a folder or zip. Nothing is unpickled."""
 
-import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fm_stages.data.bank import available_memory_bytes
+from fm_stages.data.foreign import check_array, parse_json
 from fm_stages.data.stored_rows import StoredRows, as_labels, check_shape, kept_dtype
 
 _MOMENTS = "img-mean-std"
@@ -98,6 +99,7 @@ class _ZipFiles(_FolderFiles):
             self._archive, self._process = zipfile.ZipFile(self.place), os.getpid()
         name = self.names[number]
         try:
+            check_array(self._archive, name, available_memory_bytes())
             with self._archive.open(name) as content:
                 return np.lib.format.read_array(content, allow_pickle=False)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -154,7 +156,7 @@ def _of_files(files: _FolderFiles, labels: Tensor | None) -> StoredRows:
 def _listed_labels(content: bytes, file: Path, names: list[str]) -> Tensor | None:
     """Labels (N,) of the files of these names from ``{"labels": [[name, class], ...]}``; None where all are null."""
     try:
-        entries = json.loads(content)["labels"] or []
+        entries = parse_json(content, file)["labels"] or []
         label_of = dict(entry for entry in entries if entry is not None)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f'cannot read {file} ({error!r}): need {{"labels": [["file.npy", class], ...]}}') from error

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from fm_stages.data.foreign import open_picture
 from fm_stages.data.images import training_folder
 
 
@@ -105,7 +106,7 @@ def open_square(file: Path, image_size: int) -> tuple[Tensor, bool]:
         ValueError: if the file cannot be read, with its name.
     """
     try:
-        image = default_loader(str(file))
+        image = open_picture(file)
         enlarged = min(image.size) < image_size
         while min(image.size) >= 2 * image_size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

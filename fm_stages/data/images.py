@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fm_stages.data.bank import available_memory_bytes, is_first_rank
+from fm_stages.data.foreign import open_picture
 from fm_stages.data.pixels import ImageData, Splits
 from fm_stages.flow import keyed_generator
 
@@ -262,7 +263,7 @@ def decode(files: list[str], image_size: int) -> Tensor:
 
     def decode_one(i: int) -> None:
         try:
-            images[i] = to_square(default_loader(files[i]))
+            images[i] = to_square(open_picture(files[i]))
         except Exception as error:  # PIL's readers fail in many ways
             raise ValueError(f"cannot read the image {files[i]} ({error}): repair or remove it") from error
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from fm_stages.data.atomic_files import whole_file
+from fm_stages.data.foreign import read_json
 
 INDEX, SOURCES, STATISTICS = "index.json", "sources.txt", "latents_stats.pt"
 VERSION = 1
@@ -101,12 +102,10 @@ def read_index(folder: Path) -> LatentIndex | None:
         ValueError: if it cannot be read, or a newer version wrote it.
     """
     file = folder / INDEX
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
+    if not file.exists():
         return None
+    found = read_json(file)
     try:
-        found = json.loads(text)
         version = found.pop("version")
         found.pop("complete")
         if version == VERSION:

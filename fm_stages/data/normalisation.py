@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_stages.data.bank import is_first_rank
+from fm_stages.data.foreign import load_tensors
 from fm_stages.data.latent_index import INDEX, STATISTICS, LatentIndex, locked
 from fm_stages.data.statistics import channel_statistics, write_statistics
 from fm_stages.data.stored_rows import PIECE, StoredRows
@@ -73,7 +74,7 @@ def read_statistics(file: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]
         ValueError: if the file holds something else.
     """
     try:
-        stats = dict(torch.load(file, map_location="cpu", weights_only=True))
+        stats = dict(load_tensors(file))
         mean, std = (stats[name].double().squeeze(0) for name in ("mean", "std"))
     except Exception as error:  # torch's message would advise to load it with weights_only=False
         raise ValueError(f"cannot read {file}: need torch.save of two tensors, {{'mean': ..., 'std': ...}}") from error

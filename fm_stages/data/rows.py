@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fm_stages.data.array_files import open_array
 from fm_stages.data.bank import available_memory_bytes
+from fm_stages.data.foreign import check_pixels
 from fm_stages.data.images import decode, training_folder
 from fm_stages.data.latent_files import files_below, open_latents
 from fm_stages.data.latent_index import INDEX
@@ -180,6 +181,7 @@ def _survey(files: list[Path], size_is_given: bool) -> tuple[bool, list[tuple[in
     for file in tqdm(files, "Reading image headers", unit="image", delay=1):
         try:
             with Image.open(file) as image:
+                check_pixels(image)
                 grey = grey and image.mode in ("1", "L")
                 sizes.add(image.size)
         except Exception as error:  # PIL's readers fail in many ways

@@ -210,7 +210,7 @@ class StageProfile(StageCurves):
         try:
             profile = cls(**_with_parts(json.loads(text)))
             profile.check()
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a stage profile: {error}") from error
         return profile
 

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
+from fm_stages.data import read_yaml_file
 from fm_stages.oracle import StageProfile
 from fm_stages.studies.compare_arms import (
     Arm,
@@ -213,7 +214,7 @@ class _Comparing:
             ValueError: with the first difference.
         """
         file = self.out / "comparison.yaml"
-        known = yaml.safe_load(file.read_text()) if file.is_file() else {"probe": {}, "arms": {}}
+        known = read_yaml_file(file) if file.is_file() else {"probe": {}, "arms": {}}
         now = {"probe": asdict(self.settings), "arms": {arm.name: arm.config for arm in self.arms}}
         begun = [name for name in known["arms"] if any(map(has_begun, (self.out / name).glob("seed_*")))]
         for what, before, new in (

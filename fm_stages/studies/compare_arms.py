@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fm_stages.data import read_yaml_file
 from fm_stages.oracle import THRESHOLDS, StageProfile
 from fm_stages.studies.runs import build_run
 from fm_stages.training import SECTIONS, FlowMatching, OracleMonitor, SampleGrid, StageAware, TrainingCLI, instantiate
@@ -185,8 +186,8 @@ def _expand(files: Sequence[str]) -> Iterator[Path]:
 
 def _arms_in(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = read_yaml_file(file)
+    except ValueError as error:
         raise ValueError(f"--arms {file}: {error}") from error
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"--arms {file} holds a {type(found).__name__}, not a mapping from names to overrides")

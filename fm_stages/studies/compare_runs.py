@@ -168,16 +168,15 @@ def train(run: Run, lock: int, group: str, on_poll: Callable[[], None] = lambda:
     if trained.is_file():
         return
     names = {"WANDB_RUN_GROUP": group, "WANDB_JOB_TYPE": run.arm.name, "WANDB_NAME": f"{run.arm.name}, seed {run.seed}"}
-    # as of this process, and unlike that of any other `python -m`, its path does not begin with the working folder:
-    # what lies there may be of a stranger, and be called as a library is
-    safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
-    command = [sys.executable, *safe, "-m", "fm_stages", *run.arguments()]
+    command = [sys.executable, "-m", "fm_stages", *run.arguments()]
     if run.checkpoint.is_file():
         command.append(f"--ckpt_path={run.checkpoint}")
     log = run.folder / "log.txt"
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
+        if not {"", os.getcwd()} & set(sys.path):  # else a file there that is called as a library is would be run
+            names["PYTHONSAFEPATH"] = "1"
         # PL_GLOBAL_SEED of this process would be one seed for all
         environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"} | names
         status = _wait(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from fm_stages.data import whole_file
+from fm_stages.data import load_tensors, whole_file
 from fm_stages.training import CONFIG_KEY
 
 Weights = dict[str, Tensor]
@@ -65,7 +65,7 @@ def _read(path: str | Path, unpickle: bool) -> dict[str, Any]:
         except SafetensorError as error:
             raise ValueError(f"{unreadable} ({error})") from error
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=not unpickle)
+        tree = torch.load(path, map_location="cpu", weights_only=False) if unpickle else load_tensors(path)
     except Exception as error:  # torch raises many kinds for foreign or truncated files
         if not unpickle and (names := _unsafe(path, error)):
             raise ValueError(

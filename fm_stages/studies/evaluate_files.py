@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fm_stages.data import TrainingData, list_images, to_model_range
+from fm_stages.data import (
+    TrainingData,
+    available_memory_bytes,
+    check_array,
+    check_pixels,
+    list_images,
+    read_array_header,
+    read_json,
+    to_model_range,
+)
 from fm_stages.studies.evaluate_images import Batch, Images, Shape, check_shape
 from fm_stages.studies.models import labels_of
 from fm_stages.studies.sample import RECORD
@@ -33,7 +41,7 @@ def read_record(place: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text())
+        record = read_json(file)
         settings, finished = record["settings"], record["finished"]
         FORMATS[settings["format"]], int(settings["num"]), int(settings["seed"]), str(settings["labels"])  # noqa: B018
         files = record["checkpoint"] if isinstance(record["checkpoint"], list) else [record["checkpoint"]]
@@ -125,8 +133,10 @@ def _array_file(file: Path, shape: Shape, data: TrainingData) -> Images:
     """An ``.npz``: ``arr_0`` (N, H, W, C) uint8, and labels (N,) as ``arr_1`` if there are any."""
     try:
         images = _map_array(file, "arr_0")
-        with np.load(file) as arrays:
-            kept = torch.from_numpy(arrays["arr_1"]).long() if "arr_1" in arrays and arrays["arr_1"].ndim == 1 else None
+        with zipfile.ZipFile(file) as archive:
+            has_labels = "arr_1.npy" in archive.namelist()
+        found = _read_array(file, "arr_1") if has_labels else np.zeros((0, 0))
+        kept = torch.from_numpy(found).long() if found.ndim == 1 else None
     except Exception as error:  # zipfile and numpy fail in many ways
         raise ValueError(f"{file} cannot be read ({error}): it holds arr_0 (N, H, W, C) uint8, as ADM's do") from error
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -146,17 +156,22 @@ def _map_array(file: Path, name: str) -> np.ndarray:
     with zipfile.ZipFile(file) as archive:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = reader(stream)
+            shape, fortran, dtype = read_array_header(stream)
             inside = stream.tell()
     if info.compress_type != zipfile.ZIP_STORED or fortran:
-        with np.load(file) as arrays:
-            return arrays[name]
+        return _read_array(file, name)
     with file.open("rb") as raw:
         raw.seek(info.header_offset + 26)  # where a zip's local header says how long its name and its extra field are
         start = info.header_offset + 30 + sum(int.from_bytes(raw.read(2), "little") for _ in range(2))
     return np.memmap(file, dtype, "r", start + inside, shape)
+
+
+def _read_array(file: Path, name: str) -> np.ndarray:
+    """An array of an ``.npz``, in memory."""
+    with zipfile.ZipFile(file) as archive:
+        check_array(archive, f"{name}.npy", available_memory_bytes())
+        with archive.open(f"{name}.npy") as content:
+            return np.lib.format.read_array(content, allow_pickle=False)
 
 
 def _folder(place: Path, shape: Shape, data: TrainingData) -> Images:
@@ -199,6 +214,7 @@ def _decode(path: Path, channels: int) -> Tensor:
         ValueError: if it holds more than 8 bits of a colour.
     """
     with Image.open(path) as image:
+        check_pixels(image)
         if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
             raise ValueError(f"pixels of mode {image.mode} are not 8 bits of grey or RGB")
         rgb = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fm_stages.data import locked, whole_file
+from fm_stages.data import load_tensors, locked, whole_file
 
 REACH_SEC = 5
 """How long a host may take to answer before it counts as out of reach."""
@@ -65,7 +65,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: if it is no such file.
     """
     try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError("it holds other things than tensors")
     except Exception as error:  # torch and safetensors fail in many ways

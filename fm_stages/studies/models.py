@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from fm_stages.data import TrainingData
+from fm_stages.data import TrainingData, read_yaml
 from fm_stages.flow import keyed_uniform
 from fm_stages.studies.runs import open_run
 from fm_stages.training import CONFIG_KEY, FlowMatching, network_weights
@@ -77,7 +76,7 @@ def load_trained(path: str | Path, weights: str | None = None) -> Trained:
         weights=kind,
         digest=_digest(state),
         step=int(checkpoint.get("global_step", 0)),
-        config=yaml.safe_load(checkpoint[CONFIG_KEY]),
+        config=read_yaml(checkpoint[CONFIG_KEY], path),
     )
 
 

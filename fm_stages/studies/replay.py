@@ -6,19 +6,17 @@ those that the step began with where the record holds them, else the newest chec
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fm_stages.data import Planned, TrainingData
+from fm_stages.data import Planned, TrainingData, read_json, read_yaml
 from fm_stages.flow import keyed_normal
 from fm_stages.oracle import oracle_of
 from fm_stages.studies.replay_measure import Found, gradient_norm, replay_part
@@ -63,10 +61,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     file = folder / flight.JSON
     if not file.is_file():
         raise FileNotFoundError(f"--record {folder}: there is no {flight.JSON}; a record is RUN/flight/step_XXXXXXX")
-    try:
-        record = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not a flight record: {error}") from error
+    record = read_json(file)
     needed = {"step", "kind", "action", "what", "device", "precision", "seed", "parts", "config", "loss_by_t"}
     if missing := needed - set(record if isinstance(record, dict) else ()):
         raise ValueError(f"{file} is not a flight record: it lacks {', '.join(sorted(missing))}")
@@ -89,7 +84,7 @@ def _rebuild(folder: Path, record: dict[str, Any], ckpt: str | None) -> tuple[Fl
     text = record["config"] or checkpoint.get(CONFIG_KEY)
     if not text:
         raise ValueError(f"{folder} carries no configuration: name a checkpoint of fm-stages fit with --ckpt")
-    module, data = build_run(yaml.safe_load(text))
+    module, data = build_run(read_yaml(text, folder))
     if not ckpt:
         module.network.load_state_dict(load_file(own))
         return module, data, f"those that step {step} began with, from the record"

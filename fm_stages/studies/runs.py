@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fm_stages.data import TrainingData
+from fm_stages.data import TrainingData, read_yaml
 from fm_stages.training import CONFIG_KEY, FlowMatching, explain, instantiate, read_checkpoint
 
 
@@ -39,7 +38,7 @@ def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
     checkpoint = read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
         raise ValueError(f"{path} carries no configuration: only what `fm-stages` fit, import or export wrote does")
-    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    config = read_yaml(checkpoint[CONFIG_KEY], f"the configuration in {path}")
     if not isinstance(config, dict) or not config.get("model"):
         raise ValueError(f"{path} carries a configuration without a model: it is damaged")
     try:

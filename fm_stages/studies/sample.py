@@ -10,7 +10,6 @@ in a SLURM job by ``srun fm-stages sample ...``.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from fm_stages.data import PART, whole_file
+from fm_stages.data import PART, read_json, whole_file
 from fm_stages.flow import SAME_IMAGE
 from fm_stages.oracle import together
 from fm_stages.studies.drawing import Drawing
@@ -97,7 +96,7 @@ class _Drawing:
             raise ValueError(f"--out {self.out} holds other files ({there[0]}, ...): give a new or an empty folder")
         if file.exists():
             try:
-                record = json.loads(file.read_text())
+                record = read_json(file)
                 old = record["settings"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file} is not what this command writes: give another --out") from error

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fm_stages import flow
-from fm_stages.data import TrainingData, read_rows, some_rows
+from fm_stages.data import TrainingData, read_rows, read_yaml, read_yaml_file, some_rows
 from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank
 from fm_stages.studies.facts import check_distinct
@@ -77,7 +76,7 @@ def open_source(
         if labels and not source.bank.has_labels:
             raise ValueError("there are no labels: leave --labels out")
         check_distinct(source.bank)
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+    except (ValueError, FileNotFoundError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"--data {spec}: {error}") from error
     return source
@@ -126,7 +125,7 @@ def open_data(spec: str) -> TrainingData:
         data = _module_of(_read_config(file)[0] if is_config else _section(spec))
         if not isinstance(data, TrainingData):
             raise ValueError(f"{type(data).__name__} is no data module of fm-stages, a TrainingData")
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+    except (ValueError, FileNotFoundError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"--data {spec}: {error}") from error
     return data
@@ -134,7 +133,7 @@ def open_data(spec: str) -> TrainingData:
 
 def _section(spec: str) -> dict[str, Any]:
     """Section ``data`` of a class path or a mapping."""
-    section = yaml.safe_load(spec) if spec.startswith("{") else {"class_path": spec}
+    section = read_yaml(spec, "it") if spec.startswith("{") else {"class_path": spec}
     if not isinstance(section.get("class_path"), str):
         raise ValueError("a mapping needs a class_path, with a space after each colon: {class_path: Digits}")
     return section
@@ -156,8 +155,10 @@ def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
     """Section ``data``, path and label dropout of a config, or of the one that a checkpoint carries."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    text = read_checkpoint(file).get(CONFIG_KEY, "") if file.suffix == ".ckpt" else file.read_text()
-    sections = yaml.safe_load(text)
+    if file.suffix == ".ckpt":
+        sections = read_yaml(read_checkpoint(file).get(CONFIG_KEY, ""), f"the configuration in {file}")
+    else:
+        sections = read_yaml_file(file)
     if not isinstance(sections, dict) or "data" not in sections:
         raise ValueError(f"{file} says nothing about data: it needs a section `data` with a class_path")
     model = sections.get("model") or {}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
 import lightning as L
-import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fm_stages.data import remove_parts
+from fm_stages.data import load_tensors, read_yaml, remove_parts
 from fm_stages.training.checkpoint_files import WholeFiles, check_sums
 from fm_stages.training.loggers import is_trial, run_folder
 
@@ -186,6 +185,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             check_sums(Path(path))  # which torch does not; other projects may write none
     except OSError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+    except ValueError as error:  # it claims what it does not hold
+        raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
     except Exception as error:  # torch raises many kinds for foreign or truncated files
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
@@ -193,11 +194,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of fm-stages: it has no state_dict. `fm-stages import` converts weights of "
             "some other projects"
         )
+    step = checkpoint.setdefault("global_step", 0)
+    if not re.fullmatch(r"\d{1,15}", str(step)) or not isinstance(checkpoint.get(CONFIG_KEY, ""), str):
+        raise ValueError(f"{path} is damaged: its step is {step!r:.50}, or its configuration is no text")
     return checkpoint
 
 
 def _read_torch(path: str | Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_tensors(path)
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Any]:
@@ -260,7 +264,7 @@ def init_from(network: nn.Module, path: str | Path, model: Mapping[str, Any] | N
 
 def _differences(checkpoint: dict[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """What the checkpoint's configuration and this one say otherwise, of network and path."""
-    text = yaml.safe_load(checkpoint.get(CONFIG_KEY, "{}"))
+    text = read_yaml(checkpoint.get(CONFIG_KEY, "{}"), "its configuration")
     theirs = text.get("model") if isinstance(text, dict) else None
     for part, here in model.items():
         there = theirs.get(part) if isinstance(theirs, dict) else None

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.data import TrainingData, describe_shares, whole_file
+from fm_stages.data import TrainingData, describe_shares, read_yaml_file, whole_file
 from fm_stages.training.checkpoints import (
     CONFIG_KEY,
     Checkpoints,
@@ -203,7 +202,7 @@ class TrainingCLI(LightningCLI):
         self._arguments = arguments = sys.argv[1:] if args is None else list(args)
         for file in config_files(arguments):
             if Path(file).is_file():
-                found = yaml.safe_load(Path(file).read_text())
+                found = read_yaml_file(Path(file))
                 if strange := [key for key in found or {} if key not in SECTIONS] if isinstance(found, dict) else []:
                     raise ValueError(f"{file} has a section {strange[0]!r}; there are {', '.join(SECTIONS)}")
         try:
