@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from argparse import ArgumentError
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
 
 from fm_stages.data import TrainingData, read_yaml
-from fm_stages.training import CONFIG_KEY, FlowMatching, explain, instantiate, read_checkpoint
+from fm_stages.training import (
+    CONFIG_KEY,
+    FlowMatching,
+    check_network,
+    explain,
+    instantiate,
+    network_weights,
+    read_checkpoint,
+)
 
 
 def load_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any], FlowMatching, TrainingData]:
@@ -42,17 +52,30 @@ def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
     if not isinstance(config, dict) or not config.get("model"):
         raise ValueError(f"{path} carries a configuration without a model: it is damaged")
     try:
-        module, images = build_run({**config, "data": {"class_path": data} if data else config.get("data")})
+        weights = network_weights(checkpoint, ema=False) or network_weights(checkpoint, ema=True)
+        images = {"class_path": data} if data else config.get("data")
+        module, images = build_run({**config, "data": images}, weights)
     except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {explain(str(error))}") from error
     return checkpoint, module, images
 
 
-def build_run(config: dict[str, Any]) -> tuple[FlowMatching, Any]:
-    """Module, with fresh weights, and data (or None) of a whole configuration as plain data; nothing is read yet."""
+def build_run(config: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> tuple[FlowMatching, Any]:
+    """Module, with fresh weights, and data (or None) of a whole configuration as plain data; nothing is read yet.
+
+    Args:
+        config: the configuration.
+        weights: that the network is to hold, which it is compared with before memory is taken for it.
+
+    Raises:
+        ValueError: if it does not fit them, or memory.
+        ArgumentError: if the configuration is none.
+    """
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(FlowMatching, "model")
     parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
     given = {name: config[name] for name in ("model", "data") if config[name] is not None}
-    run = instantiate(parser, parser.parse_object(given))
+    parsed = parser.parse_object(given)
+    check_network(parsed.model.network, weights)
+    run = instantiate(parser, parsed)
     return run.model, run.get("data")

@@ -16,6 +16,7 @@ from fm_stages.training.loggers import choose_wandb_mode
 from fm_stages.training.metrics_table import MetricsTable
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import QUANTITIES, OracleMonitor
+from fm_stages.training.network_size import check_network
 from fm_stages.training.policies import Policy, ShiftToBoundary, StageWeights, TargetByStage
 from fm_stages.training.predictions import Predictions, predict_data, prediction_figure, times_around
 from fm_stages.training.preemption import Preempted, Preemption
@@ -73,6 +74,7 @@ __all__ = [
     "TrainingCLI",
     "allow_imports",
     "check_first_batch",
+    "check_network",
     "check_num_rows",
     "check_strategy",
     "choose_wandb_mode",

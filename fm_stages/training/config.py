@@ -34,6 +34,7 @@ from fm_stages.training.loggers import choose_wandb_mode, run_folder, tell_lost_
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.patience import finish_loggers, make_patient
+from fm_stages.training.network_size import check_network
 from fm_stages.training.preemption import Preemption
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
@@ -282,6 +283,12 @@ class TrainingCLI(LightningCLI):
         rank_zero_info(init_from(self.model.network, config.init_from, {x: model[x] for x in ("network", "path")}))
         if self.model.network_ema is not None:
             self.model.network_ema.load_state_dict(self.model.network.state_dict())
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer, of a network that fits into memory."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        check_network(config.model.network)
+        super().instantiate_classes()
 
     def fit(self, **arguments: Any) -> None:
         """``Trainer.fit``, and again from where the guards go back to; before it, the rehearsal that was asked for."""
