@@ -34,6 +34,7 @@ from fm_stages.data.rows import Rows, read_rows, some_rows
 from fm_stages.data.shard_writing import check_own_files, complete_folder, list_of_sources, open_folder, write_shard
 from fm_stages.data.statistics import channel_statistics, combine_sums, statistics_of, write_statistics
 from fm_stages.data.vae import PRECISIONS, VAE, load_vae
+from fm_stages.data.without_memory import TooLargeError, without_memory
 
 __all__ = [
     "CIFAR10",
@@ -56,6 +57,7 @@ __all__ = [
     "Pictures",
     "Planned",
     "Rows",
+    "TooLargeError",
     "TrainingData",
     "available_memory_bytes",
     "channel_statistics",
@@ -89,5 +91,6 @@ __all__ = [
     "remove_parts",
     "whole_file",
     "write_shard",
+    "without_memory",
     "write_statistics",
 ]

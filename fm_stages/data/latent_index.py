@@ -109,11 +109,42 @@ def read_index(folder: Path) -> LatentIndex | None:
         version = found.pop("version")
         found.pop("complete")
         if version == VERSION:
-            shards = {number: Shard(**shard) for number, shard in enumerate(found.pop("shards")) if shard}
-            return LatentIndex(**found, shards=shards)
+            listed = found.pop("shards")
+            shards = {number: Shard(**shard) for number, shard in enumerate(listed) if shard}
+            index = LatentIndex(**found, shards=shards)
+            _check_index(index, len(listed))
+            return index
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not an index of latents ({error!r}): encode the images again") from error
     raise ValueError(f"{file} is of version {version}, this release of fm-stages reads version {VERSION}: update it")
+
+
+def _check_index(index: LatentIndex, num_listed: int) -> None:
+    """Raise a ValueError or TypeError unless numbers are numbers, and names those that this module gives.
+
+    A shard lies in the folder, whatever an index of a stranger calls it.
+    """
+    for name in ("num_rows", "shard_rows"):
+        if type(getattr(index, name)) is not int or getattr(index, name) < 1:
+            raise ValueError(f"{name} is {getattr(index, name)!r:.50}")
+    if num_listed != index.num_shards:
+        raise ValueError(f"{num_listed} shards are listed, {index.num_rows} rows make {index.num_shards}")
+    for name in ("vae", "encoding", "sources", "normalisation"):
+        if not isinstance(getattr(index, name), dict):
+            raise TypeError(f"{name} is no mapping")
+    for name in ("scaling_factor", "shift_factor"):
+        if not isinstance(index.vae[name], float | int) or not math.isfinite(index.vae[name]):
+            raise ValueError(f"{name} of the vae is {index.vae[name]!r:.50}")
+    if not isinstance(index.class_names, list) or not all(isinstance(name, str) for name in index.class_names):
+        raise TypeError("class_names is no list of names")
+    for name, kind in index.tensors.items():
+        if not isinstance(kind["dtype"], str) or not all(type(size) is int and size > 0 for size in kind["shape"]):
+            raise TypeError(f"tensor {name} is {kind!r:.80}")
+    for number, shard in index.shards.items():
+        if shard.file != index.file_of(number) or type(shard.num_bytes) is not int or not isinstance(shard.sha256, str):
+            raise ValueError(f"shard {number} is {shard!r:.120}")
+        if shard.num_rows != len(index.rows_of(number)):
+            raise ValueError(f"shard {number} has {shard.num_rows!r:.50} rows, not {len(index.rows_of(number))}")
 
 
 def write_index(folder: Path, index: LatentIndex) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fm_stages.data.foreign import read_json
+from fm_stages.data.without_memory import without_memory
+
 PRECISIONS = ("fp32", "bf16")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FILES = ["config.json", WEIGHTS, f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"]
@@ -197,10 +200,14 @@ def _read(folder: Path) -> nn.Module:
     import diffusers  # takes a second to import
 
     try:
-        kind = json.loads((folder / "config.json").read_text())["_class_name"]
+        config = read_json(folder / "config.json")
+        kind = config["_class_name"]
         cls = getattr(diffusers, kind)
         if not issubclass(cls, diffusers.ModelMixin):
             raise TypeError(f"{kind} is no model")
+        held = sum(file.stat().st_size for file in _weights(folder))
+        with without_memory(4 * held, kind, f"its files have {held}"):  # which may be of 16 bits
+            cls.from_config(config)
         # low_cpu_mem_usage would want accelerate, and warn
         return cls.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
@@ -208,6 +215,17 @@ def _read(folder: Path) -> nn.Module:
     except Exception as error:  # diffusers, safetensors and torch fail in many ways
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot read a VAE from {folder} ({type(error).__name__}: {reason})") from error
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a model, which lie in its folder whatever the index of several calls them."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    names = set(read_json(index)["weight_map"].values())
+    if strange := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index.name} names a file elsewhere, {strange[0]}")
+    return [folder / name for name in names]
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fm_stages.data import to_model_range, whole_file
+from fm_stages.data import parse_json, to_model_range, whole_file, without_memory
 from fm_stages.flow import keyed_generator
 from fm_stages.studies.features_weights import digest_of, sha256_of
 
@@ -149,11 +149,17 @@ def read_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
             header = file.metadata() or {}
             if header.get("kind") != KIND:
                 raise ValueError("its header names another kind of file")
-            network = Classifier(**json.loads(header["settings"]))
-            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            with without_memory(4 * path.stat().st_size, KIND, f"the file has {path.stat().st_size}"):
+                network = Classifier(**parse_json(header["settings"], "its header"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            network.load_state_dict(weights, assign=True)
     except Exception as error:  # safetensors and torch fail in many ways
         raise ValueError(f"{path} is not what fm-stages features writes ({error})") from error
-    if digest_of(network) != header["weights_sha256"]:
+    if digest_of(network) != header.get("weights_sha256"):
         raise ValueError(f"{path} was damaged: its weights are not those that its header names; train it again")
-    said = {"test_accuracy": float(header["test_accuracy"]), "training": json.loads(header["training"])}
+    try:
+        training = parse_json(header["training"], f"the header of {path}")
+        said = {"test_accuracy": float(header["test_accuracy"]), "training": {"data": training["data"], **training}}
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what fm-stages features writes ({error!r})") from error
     return network.eval(), header | said

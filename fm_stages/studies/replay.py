@@ -23,6 +23,9 @@ from fm_stages.studies.replay_measure import Found, gradient_norm, replay_part
 from fm_stages.studies.runs import build_run
 from fm_stages.training import CONFIG_KEY, FlowMatching, find_before, flight, read_checkpoint
 
+LISTS = ("t", "index", "position", "labels", "error")
+"""What a part of a record has a number of for each sample."""
+
 NUM_WORST = 5
 """Samples with the largest errors that are listed."""
 
@@ -65,9 +68,38 @@ def read_record(folder: Path) -> dict[str, Any]:
     needed = {"step", "kind", "action", "what", "device", "precision", "seed", "parts", "config", "loss_by_t"}
     if missing := needed - set(record if isinstance(record, dict) else ()):
         raise ValueError(f"{file} is not a flight record: it lacks {', '.join(sorted(missing))}")
+    _check_record(record, file)
     if not record["parts"] or not all("t" in part for part in record["parts"]):
         raise ValueError(f"{file} does not say at which t it was: only steps of FlowMatching can be replayed")
     return record
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Refuse a record whose parts are not what the guards write: a file is opened by the number of a rank.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    wrong = [name for name in ("kind", "action", "what", "device", "precision") if not isinstance(record[name], str)]
+    wrong += [name for name in ("step", "seed") if type(record[name]) is not int or abs(record[name]) >= 2**63]
+    wrong += [] if isinstance(record["config"], str | None) else ["config"]
+    wrong += [name for name in ("parts", "loss_by_t") if not isinstance(record[name], list)]
+    for number, part in enumerate(record["parts"] if "parts" not in wrong else ()):
+        sizes = {len(part[name]) for name in LISTS if isinstance(part, dict) and isinstance(part.get(name), list)}
+        numbers = isinstance(part, dict) and all(
+            type(part.get(name)) is int and 0 <= part[name] < 2**31 for name in ("rank", "micro_batch")
+        )
+        lists = numbers and all(isinstance(part[name], list) for name in LISTS if name in part)
+        if not lists or len(sizes) != 1 or not all(_are_numbers(part[name]) for name in LISTS if name in part):
+            wrong.append(f"parts[{number}]")
+    if wrong:
+        raise ValueError(f"{file} is not a flight record: {wrong[0]} is not what the guards write there")
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    """Whether these are numbers, or the words that JSON has for those that are not finite."""
+    words = ("nan", "inf", "-inf")
+    return all(x in words if isinstance(x, str) else isinstance(x, float | int) and abs(x) < 2**63 for x in values)
 
 
 def _rebuild(folder: Path, record: dict[str, Any], ckpt: str | None) -> tuple[FlowMatching, TrainingData | None, str]:
