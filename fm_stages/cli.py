@@ -185,7 +185,9 @@ def _run() -> None:
         message = "; ".join(line.strip() for line in explain(str(found)).splitlines() if line.strip()).replace(
             ":;", ":"
         )
-        place = "" if message.startswith("--") else _config_files(arguments)  # an option is at fault, not a file
+        files = _config_files(arguments)
+        # an option is at fault, or the message names the file
+        place = "" if message.startswith(("--", files.removesuffix(": ") or "--")) else files
         print(f"fm-stages: {place}{message}", file=sys.stderr)
         sys.exit(2)
 

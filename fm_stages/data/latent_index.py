@@ -104,8 +104,8 @@ def read_index(folder: Path) -> LatentIndex | None:
     file = folder / INDEX
     if not file.exists():
         return None
-    found = read_json(file)
     try:
+        found = read_json(file)
         version = found.pop("version")
         found.pop("complete")
         if version == VERSION:
@@ -133,8 +133,8 @@ def _check_index(index: LatentIndex, num_listed: int) -> None:
         if not isinstance(getattr(index, name), dict):
             raise TypeError(f"{name} is no mapping")
     for name in ("scaling_factor", "shift_factor"):
-        if not isinstance(index.vae[name], float | int) or not math.isfinite(index.vae[name]):
-            raise ValueError(f"{name} of the vae is {index.vae[name]!r:.50}")
+        if not isinstance(number := index.vae.get(name, 0.0), float | int) or not math.isfinite(number):
+            raise ValueError(f"{name} of the vae is {number!r:.50}")
     if not isinstance(index.class_names, list) or not all(isinstance(name, str) for name in index.class_names):
         raise TypeError("class_names is no list of names")
     for name, kind in index.tensors.items():

@@ -240,7 +240,8 @@ class StageProfile(StageCurves):
                     raise ValueError(f"{name}={getattr(curves, name)} is not a time in [0, 1] with a standard error")
             lists += [(name, x) for name in CURVES for x in (getattr(curves, name), curves.sem.get(name, []))]
         for name, values in lists:
-            if len(values) != len(self.t) or not np.isfinite(values).all():
+            numbers = all(isinstance(x, float | int) and math.isfinite(x) for x in values)
+            if len(values) != len(self.t) or not numbers:
                 raise ValueError(f"{name} does not hold one number for each of {len(self.t)} times")
 
     @staticmethod

@@ -53,7 +53,10 @@ def import_network(
     if Path(out).exists():  # before minutes of work
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
     found, which = read_weights(source, weights, unpickle)
-    layout = recognize(found, num_heads, num_classes)
+    try:
+        layout = recognize(found, num_heads, num_classes)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     noise_at, time_scale = _conventions(kind, layout.kind, noise_at, time_scale)
 
     arguments, state = dict(layout.arguments), {name: value.float() for name, value in layout.weights.items()}

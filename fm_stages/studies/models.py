@@ -65,6 +65,8 @@ def load_trained(path: str | Path, weights: str | None = None) -> Trained:
     if state is None:
         there = " and ".join(name for name, value in kept.items() if value is not None) or "no"
         raise ValueError(f"{path} holds no {kind} weights, only {there} ones")
+    if wrong := [name for name, x in state.items() if not bool(x.isfinite().all())]:
+        raise ValueError(f"{path}: {len(wrong)} of its {kind} weights are NaN or infinity, {wrong[0]} first")
     module.network.load_state_dict(state)
     shape, num_classes = _built_for(module.network, data)
     return Trained(

@@ -64,7 +64,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     file = folder / flight.JSON
     if not file.is_file():
         raise FileNotFoundError(f"--record {folder}: there is no {flight.JSON}; a record is RUN/flight/step_XXXXXXX")
-    record = read_json(file)
+    try:
+        record = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: it is not a flight record") from error
     needed = {"step", "kind", "action", "what", "device", "precision", "seed", "parts", "config", "loss_by_t"}
     if missing := needed - set(record if isinstance(record, dict) else ()):
         raise ValueError(f"{file} is not a flight record: it lacks {', '.join(sorted(missing))}")
@@ -83,7 +86,9 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
     wrong = [name for name in ("kind", "action", "what", "device", "precision") if not isinstance(record[name], str)]
     wrong += [name for name in ("step", "seed") if type(record[name]) is not int or abs(record[name]) >= 2**63]
     wrong += [] if isinstance(record["config"], str | None) else ["config"]
+    wrong += [] if _is_number(record.get("gradient_norm")) else ["gradient_norm"]
     wrong += [name for name in ("parts", "loss_by_t") if not isinstance(record[name], list)]
+    wrong += [] if "loss_by_t" in wrong or _are_bins(record["loss_by_t"]) else ["loss_by_t"]
     for number, part in enumerate(record["parts"] if "parts" not in wrong else ()):
         sizes = {len(part[name]) for name in LISTS if isinstance(part, dict) and isinstance(part.get(name), list)}
         numbers = isinstance(part, dict) and all(
@@ -98,8 +103,23 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
 
 def _are_numbers(values: list[Any]) -> bool:
     """Whether these are numbers, or the words that JSON has for those that are not finite."""
-    words = ("nan", "inf", "-inf")
-    return all(x in words if isinstance(x, str) else isinstance(x, float | int) and abs(x) < 2**63 for x in values)
+    return all(_is_number(x) for x in values)
+
+
+def _is_number(x: Any) -> bool:
+    return x in ("nan", "inf", "-inf") if isinstance(x, str) else type(x) is float or type(x) is int and abs(x) < 2**63
+
+
+def _are_bins(rows: list[Any]) -> bool:
+    """Whether these are what `flight.loss_by_t` makes."""
+    return len(rows) == flight.NUM_BINS and all(
+        isinstance(row, dict)
+        and isinstance(row.get("t"), list)
+        and [type(x) for x in row["t"]] == [float, float]
+        and all(type(row.get(name)) is int for name in ("num", "num_non_finite"))
+        and (row.get("mean") is None or _is_number(row["mean"]))
+        for row in rows
+    )
 
 
 def _rebuild(folder: Path, record: dict[str, Any], ckpt: str | None) -> tuple[FlowMatching, TrainingData | None, str]:

@@ -57,6 +57,8 @@ def open_run(path: str | Path, data: str | None = None) -> tuple[dict[str, Any],
         module, images = build_run({**config, "data": images}, weights)
     except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {explain(str(error))}") from error
+    if images is not None and not hasattr(images, "bank"):
+        raise ValueError(f"{path} names {type(images).__name__} as its data, which has no bank()")
     return checkpoint, module, images
 
 

@@ -194,6 +194,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of fm-stages: it has no state_dict. `fm-stages import` converts weights of "
             "some other projects"
         )
+    strange = [key for key, x in checkpoint["state_dict"].items() if not isinstance(x, Tensor) or type(key) is not str]
+    if strange:
+        raise ValueError(f"{path} is damaged: its state_dict holds {strange[0]!r:.80}, which is no tensor with a name")
     step = checkpoint.setdefault("global_step", 0)
     if not re.fullmatch(r"\d{1,15}", str(step)) or not isinstance(checkpoint.get(CONFIG_KEY, ""), str):
         raise ValueError(f"{path} is damaged: its step is {step!r:.50}, or its configuration is no text")

@@ -368,7 +368,7 @@ class TestCommand:
         paths = file(source())
         done = command("import", "--ckpt", str(paths["source"]), "--out", str(paths["out"]))
         assert done.status == 2
-        assert done.err.startswith("fm-stages: no weight tells the number of attention heads")
+        assert done.err.startswith(f"fm-stages: {paths['source']}: no weight tells the number of attention heads")
         assert done.err.count("\n") == 1
 
     def test_what_was_imported_can_be_diagnosed_on_data_that_is_named(self, file, command, tmp_path):
