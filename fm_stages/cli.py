@@ -91,6 +91,9 @@ def _replay() -> None:
 
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
+LONGEST = 2000
+"""Characters of a message: the parser repeats the value that it does not understand, however long."""
+
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
     "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
@@ -188,7 +191,8 @@ def _run() -> None:
         files = _config_files(arguments)
         # an option is at fault, or the message names the file
         place = "" if message.startswith(("--", files.removesuffix(": ") or "--")) else files
-        print(f"fm-stages: {place}{message}", file=sys.stderr)
+        cut = f"{message[:LONGEST]} ..." if len(message) > LONGEST else message
+        print(f"fm-stages: {place}{cut}", file=sys.stderr)
         sys.exit(2)
 
 

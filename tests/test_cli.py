@@ -458,7 +458,7 @@ MISTAKES = {
     "spread of zero": (
         "arguments",
         ["--model.timesteps=fm_stages.flow.LogitNormalTimesteps", "--model.timesteps.init_args.std=0"],
-        "must be positive, got 0",
+        "must be positive and finite, got 0",
     ),
     "boundary of two": (
         "arguments",

@@ -8,6 +8,7 @@ from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_sha
 from fm_stages.data.foreign import (
     check_array,
     check_pixels,
+    load_safetensors,
     load_tensors,
     parse_json,
     read_array_header,
@@ -69,6 +70,7 @@ __all__ = [
     "describe_shares",
     "list_images",
     "list_of_sources",
+    "load_safetensors",
     "load_tensors",
     "load_vae",
     "locked",

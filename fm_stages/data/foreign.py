@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 TEXT_BYTES = 4 * 2**20
@@ -55,9 +57,12 @@ def read_yaml(text: str, place: str | Path) -> Any:
             loader.dispose()
     except RecursionError as error:
         raise ValueError(f"{place}: its YAML is nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{place}: not YAML{line}: {error.problem}") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # as of 2024-99-99, or an unhashable key
         message = str(error)
-        raise ValueError(message if message.startswith(f"{place}:") else f"{place} is not YAML: {message}") from error
+        raise ValueError(message if message.startswith(f"{place}:") else f"{place}: not YAML: {message}") from error
 
 
 def read_yaml_file(file: Path) -> Any:
@@ -72,7 +77,7 @@ def read_yaml_file(file: Path) -> Any:
     try:
         return read_yaml(content.decode(), file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+        raise ValueError(f"{file}: not YAML: {error}") from error
 
 
 def _count_nodes(node: yaml.Node, known: dict[int, int], place: str | Path, depth: int = 0) -> int:
@@ -125,9 +130,21 @@ def load_tensors(path: str | Path, mmap: bool = False) -> Any:
     for name, x in _tensors(found, ""):
         held = 0 if x.is_meta or x.layout != torch.strided else x.untyped_storage().nbytes()
         size = x.numel() * x.element_size()
-        if size > max(held, 2**20):  # a few numbers may be one that is repeated
+        if x.is_meta or size > max(held, 2**20):  # a few numbers may be one that is repeated
             raise ValueError(f"{name} of shape {tuple(x.shape)} takes {size} bytes, and the file holds {held} of them")
     return found
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file by name, mapped into memory; its header is held against the file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path} ({error}): repair or remove it") from error
 
 
 def _check_records(file: IO[bytes]) -> None:

@@ -6,10 +6,9 @@ from typing import Any
 from warnings import warn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fm_stages.data.foreign import load_safetensors
 from fm_stages.data.stored_rows import StoredRows, as_labels, check_shape, kept_dtype
 
 _NAMES = ("latents", "images", "x1")
@@ -23,7 +22,7 @@ def open_tensors(files: list[Path]) -> StoredRows:
     Raises:
         ValueError: if it is not clear which tensor holds the rows, the files differ in kind, or a tensor does not fit.
     """
-    shards = [_tensors(file) for file in files]
+    shards = [load_safetensors(file) for file in files]
     is_moments = shards[0].keys() - {_LABELS, *_MOMENTS_FLIP} == set(_MOMENTS)
     names, flips = (_MOMENTS, _MOMENTS_FLIP) if is_moments else ((_name_of_rows(shards[0], files[0]),), (_FLIP,))
     known = {*names, *flips, _LABELS}
@@ -100,7 +99,7 @@ class _ShardRows:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._map([_tensors(file) for file in self.files])
+        self._map([load_safetensors(file) for file in self.files])
 
     def name_of(self, row: int) -> str:
         """Where a row lies."""
@@ -120,14 +119,6 @@ class _ShardRows:
         out = torch.stack(views) if views else torch.empty(0, *self._parts[0][0][0].shape[1:])
         made_of = len(self.versions[0])
         return (out if made_of == 1 else out.unflatten(0, (-1, made_of))).to(self.dtype)
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, mapped into memory without being read."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {file} ({error}): repair or remove it") from error
 
 
 def _name_of_rows(tensors: dict[str, Tensor], file: Path) -> str:

@@ -18,6 +18,9 @@ from fm_stages.oracle.stored_rows import RowReader, Survey, piece
 NUM_EXTRA = 4
 """Columns kept behind each row's values: what lets one matrix product yield logits and sums at once."""
 
+LARGEST_SPREAD = torch.finfo(torch.float32).max / 2**10
+"""Of a row's squared distance to the mean: sums and differences of such products have to be finite, too."""
+
 _NEVER = -1e4
 """Log of a zero count: finite, because the products multiply it by 0 for the queries that it does not concern, and
 small enough to vanish beside any weight that counts."""
@@ -103,7 +106,7 @@ class DataBank:
         total = ranks.reduce((self._extra[:, 0].double() * own.class_count.to(rows.device)).sum(), group)
         self.rms_norm = float(torch.sqrt(total / self.num_rows + self.mean.square().sum()))
         """Root mean square norm of what the network sees, the unit of errors of the posterior mean."""
-        if not math.isfinite(self.max_spread) or not math.isfinite(self.rms_norm):  # the same on all ranks
+        if not self.max_spread <= LARGEST_SPREAD or not math.isfinite(self.rms_norm):  # the same on all ranks
             raise ValueError(
                 f"rows are too large: their squared norms leave float32's range (a stored row has the norm "
                 f"{self.max_norm:.3g}); choose scale and shift so that values are of the size of 1, the noise's"

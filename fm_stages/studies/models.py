@@ -67,7 +67,10 @@ def load_trained(path: str | Path, weights: str | None = None) -> Trained:
         raise ValueError(f"{path} holds no {kind} weights, only {there} ones")
     if wrong := [name for name, x in state.items() if not bool(x.isfinite().all())]:
         raise ValueError(f"{path}: {len(wrong)} of its {kind} weights are NaN or infinity, {wrong[0]} first")
-    module.network.load_state_dict(state)
+    try:
+        module.network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its {kind} weights do not fit the network that it describes ({error})") from error
     shape, num_classes = _built_for(module.network, data)
     return Trained(
         network=module.network.eval().requires_grad_(False),

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fm_stages.data import Planned, TrainingData, read_json, read_yaml
+from fm_stages.data import Planned, TrainingData, load_safetensors, read_json, read_yaml
 from fm_stages.flow import keyed_normal
 from fm_stages.oracle import oracle_of
 from fm_stages.studies.replay_measure import Found, gradient_norm, replay_part
 from fm_stages.studies.runs import build_run
-from fm_stages.training import CONFIG_KEY, FlowMatching, find_before, flight, read_checkpoint
+from fm_stages.training import CONFIG_KEY, FlowMatching, explain, find_before, flight, read_checkpoint
 
 LISTS = ("t", "index", "position", "labels", "error")
 """What a part of a record has a number of for each sample."""
@@ -50,7 +50,10 @@ def replay_command(arguments: list[str] | None = None) -> None:
         print(f"The run was on {record['device']}, this is {module.device.type}: last digits differ.")
     module.zero_grad()
     tensors = {rank: _tensors(folder, rank) for rank in {part["rank"] for part in record["parts"]}}
-    found = [_replay(module, data, record, part, tensors[part["rank"]]) for part in record["parts"]]
+    try:
+        found = [_replay(module, data, record, part, tensors[part["rank"]]) for part in record["parts"]]
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be replayed: {error}") from error
     print(_report(record, found, gradient_norm(module)))
 
 
@@ -136,9 +139,14 @@ def _rebuild(folder: Path, record: dict[str, Any], ckpt: str | None) -> tuple[Fl
     text = record["config"] or checkpoint.get(CONFIG_KEY)
     if not text:
         raise ValueError(f"{folder} carries no configuration: name a checkpoint of fm-stages fit with --ckpt")
-    module, data = build_run(read_yaml(text, folder))
+    weights = None if ckpt else load_safetensors(own)
+    try:
+        module, data = build_run(read_yaml(text, folder), weights)
+        if weights is not None:
+            module.network.load_state_dict(weights)
+    except (ArgumentError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be replayed: {explain(str(error))}") from error
     if not ckpt:
-        module.network.load_state_dict(load_file(own))
         return module, data, f"those that step {step} began with, from the record"
     state = {name: x for name, x in checkpoint["state_dict"].items() if not name.startswith("network_ema.")}
     fits = module.load_state_dict(state, strict=False)
@@ -151,7 +159,7 @@ def _rebuild(folder: Path, record: dict[str, Any], ckpt: str | None) -> tuple[Fl
 
 def _tensors(folder: Path, rank: int) -> dict[str, Tensor]:
     file = folder / f"rank{rank}.safetensors"
-    return load_file(file) if file.is_file() else {}
+    return load_safetensors(file) if file.is_file() else {}
 
 
 def _replay(

@@ -97,7 +97,9 @@ class _Drawing:
         if file.exists():
             try:
                 record = read_json(file)
-                old = record["settings"]
+                old, calls = record["settings"], record["calls"]
+                if not isinstance(old, dict) or not isinstance(calls, list):
+                    raise TypeError("settings are a mapping, and calls a list")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file} is not what this command writes: give another --out") from error
             changed = [f"{k} was {old.get(k)} and is {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]

@@ -162,6 +162,8 @@ def _read_config(file: Path) -> tuple[Any, flow.Path, float | None]:
     if not isinstance(sections, dict) or "data" not in sections:
         raise ValueError(f"{file} says nothing about data: it needs a section `data` with a class_path")
     model = sections.get("model") or {}
+    if not isinstance(model, dict) or not isinstance(model.get("label_dropout", 0.0), float | int | None):
+        raise ValueError(f"{file}: its section `model` is no mapping, or its label_dropout no number")
     path = LinearPath()
     if "path" in model:
         parser = LightningArgumentParser(exit_on_error=False)

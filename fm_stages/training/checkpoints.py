@@ -260,14 +260,14 @@ def init_from(network: nn.Module, path: str | Path, model: Mapping[str, Any] | N
     if wrong:
         raise ValueError(f"{path} does not fit the network ({len(wrong)} weights differ), first: {wrong[0]}")
     network.load_state_dict(weights)
-    differences = "; ".join(_differences(checkpoint, model or {}))
+    text = read_yaml(checkpoint.get(CONFIG_KEY, "{}"), f"the configuration in {path}")
+    differences = "; ".join(_differences(text, model or {}))
     warning = f" Careful, the same weights may be another function here: {differences}." if differences else ""
     return f"Started from the {kind} weights of {path}{kept}.{warning}"
 
 
-def _differences(checkpoint: dict[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+def _differences(text: Any, model: Mapping[str, Any]) -> Iterator[str]:
     """What the checkpoint's configuration and this one say otherwise, of network and path."""
-    text = read_yaml(checkpoint.get(CONFIG_KEY, "{}"), "its configuration")
     theirs = text.get("model") if isinstance(text, dict) else None
     for part, here in model.items():
         there = theirs.get(part) if isinstance(theirs, dict) else None

@@ -91,7 +91,7 @@ def explain(message: str) -> str:
 
     def said(match: re.Match) -> str:
         path = match[1]
-        if path.partition(".")[0] in PACKAGES:
+        if path.partition(".")[0] in (*PACKAGES, *sys.stdlib_module_names, "jsonargparse"):
             return f"{path} may not be named in a configuration, which could run any code through it"
         package = path.partition(".")[0]
         return (
