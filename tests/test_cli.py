@@ -426,6 +426,7 @@ MISTAKES = {
     "no data": ("alone", ["--model.network=torch.nn.Identity"], "no data is named: choose some with --data"),
     "abbreviation": ("arguments", ["--trainer.max_step=4"], "trainer.max_step"),
     "unknown option": ("arguments", ["--modle.seed=4"], "modle.seed"),
+    "a checkpoint that may run code": ("arguments", ["--weights_only=false"], "would run whatever code a checkpoint"),
     "unknown word": ("arguments", ["hello"], "hello"),
     "no value": ("arguments", ["--trainer.max_steps"], "trainer.max_steps.* expected one argument"),
     "words for a number": ("arguments", ["--trainer.max_steps=many"], "trainer.max_steps.*many"),

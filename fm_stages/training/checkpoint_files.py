@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from fm_stages.data import whole_file
+from fm_stages.data import load_tensors, whole_file
 
 NEEDED = ("pytorch-lightning_version", "global_step", "state_dict", "loops", "callbacks", "optimizer_states")
 """What a checkpoint holds that a run can go on from; one of weights alone has no optimizer's state."""
@@ -137,12 +137,14 @@ def resumable_step(file: Path) -> int:
     if not file.is_file():
         raise FileNotFoundError("it is not there")
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        found = load_tensors(file, mmap=True)
     except Exception as error:  # torch raises many kinds
         raise OSError(f"it is cut short, damaged or no checkpoint ({type(error).__name__})") from error
     if not isinstance(found, dict) or (missing := [name for name in NEEDED if name not in found]):
         raise ValueError(f"it holds no {missing[0] if isinstance(found, dict) else 'run'} to go on with")
-    return int(found["global_step"])
+    if type(found["global_step"]) is not int:
+        raise ValueError(f"its step is {found['global_step']!r:.50}")
+    return found["global_step"]
 
 
 def whole_checkpoints(

@@ -221,6 +221,8 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the logger the run's folder, and wandb a mode that cannot block."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.get("weights_only") is False:
+            raise ValueError("weights_only=false would run whatever code a checkpoint holds: leave it out")
         # known before any callback's set-up, for `--ckpt_path last`
         config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
         if self.subcommand == "fit" and config.ckpt_path == "last":
