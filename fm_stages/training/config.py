@@ -33,8 +33,8 @@ from fm_stages.training.lifeline import Lifeline
 from fm_stages.training.loggers import choose_wandb_mode, run_folder, tell_lost_files
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
-from fm_stages.training.patience import finish_loggers, make_patient
 from fm_stages.training.network_size import check_network
+from fm_stages.training.patience import finish_loggers, make_patient
 from fm_stages.training.preemption import Preemption
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
