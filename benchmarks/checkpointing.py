@@ -1,0 +1,124 @@
+"""How long does training stand still for a checkpoint, and what share of its time is that?
+
+DiT-B/2 on random latents (4, 32, 32) with AdamW: raw weights, their average and two moments. Each step is followed by a
+checkpoint through the callback of every run (last.ckpt alone), whose parts are timed: what is collected, written, sent
+to the disk, read back and put into place. The steps between are timed in the same run.
+
+A step on a GPU is shorter than here and a checkpoint is not: the last line says which step would keep it at 1 %.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from timing import machine, parser, positive, spread, table
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fm_stages.networks import DiT_B, DiT_S
+from fm_stages.training import Checkpoints, FlowMatching, checkpoint_files
+
+SIZES = {"DiT-S/2": DiT_S, "DiT-B/2": DiT_B}
+SHAPE, NUM_CLASSES = (4, 32, 32), 1000
+
+PARTS = {
+    "write": (checkpoint_files.torch, "save"),
+    "to the disk (fsync)": (checkpoint_files, "send_to_disk"),
+    "read back: checksums": (checkpoint_files, "check_sums"),
+    "read back: names, shapes": (checkpoint_files, "check_content"),
+    "into place": (checkpoint_files, "_sync_folder"),
+}
+
+
+class Clock:
+    """Seconds of wall time by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same work, and how long it took."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+        return run
+
+
+class Steps(L.Callback):
+    """Time from the start of a step to just before its checkpoint."""
+
+    def __init__(self, clock: Clock, rounds: int) -> None:
+        self.clock, self.bar = clock, tqdm(total=rounds, desc="checkpoints")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.clock.seconds.setdefault("step", []).append(time.perf_counter() - self.start)
+        self.bar.update()
+
+
+def measure(size: str, rounds: int, batch_size: int, folder: Path) -> tuple[Clock, int]:
+    """Train ``rounds`` steps with a checkpoint after each; times, and bytes of a file."""
+    clock = Clock()
+    checkpoints = Checkpoints(monitor=None, save_top_k=0, every_n_train_steps=1)
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_steps=rounds + 1,
+        callbacks=[Steps(clock, rounds + 1), checkpoints],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    for name, (owner, function) in PARTS.items():
+        setattr(owner, function, clock.timed(name, getattr(owner, function)))
+    connector = trainer._checkpoint_connector
+    connector.dump_checkpoint = clock.timed("collect", connector.dump_checkpoint)  # type: ignore[method-assign]
+    checkpoints._save_checkpoint = clock.timed("all", checkpoints._save_checkpoint)  # type: ignore[method-assign]
+    data = [(torch.randn(SHAPE), i % NUM_CLASSES) for i in range(batch_size * (rounds + 1))]
+    trainer.fit(FlowMatching(SIZES[size](32, 2, 4, NUM_CLASSES)), DataLoader(data, batch_size))
+    return clock, (folder / "checkpoints/last.ckpt").stat().st_size
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__, 4, "checkpoints that count, after a first one")
+    options.add_argument("--size", choices=SIZES, default="DiT-B/2")
+    options.add_argument("--batch-size", type=positive, default=1)
+    options.add_argument("--folder", help="on the file system to measure (default: the system's temporary one)")
+    chosen = options.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    warnings.filterwarnings("ignore", ".*does not have many workers|.*val_dataloader|.*The `dirpath`|.*is not empty")
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+        clock, num_bytes = measure(chosen.size, chosen.rounds, chosen.batch_size, Path(folder))
+    times = {name: values[1 : chosen.rounds + 1] for name, values in clock.seconds.items()}
+    rows = [
+        [name, *spread(values), f"{num_bytes / 1e9 / statistics.median(values):.2f}"] for name, values in times.items()
+    ]
+    print(f"\n{machine()}; {chosen.size} with average and AdamW, a file of {num_bytes / 1e9:.2f} GB\n")
+    print(table(["part", "s (median)", "s (range)", "GB/s"], [row for row in rows if row[0] not in ("step",)]))
+    still, step = statistics.median(times["all"]), statistics.median(times["step"])
+    print(f"\nTraining stands still for {still:.2f} s: {still / step:.1f} steps of {step:.2f} s.")
+    print(
+        f"One in 1000 steps is {100 * still / (1000 * step):.2f} % of such steps; 1 % of steps of {still / 10:.2f} s."
+    )
+
+
+if __name__ == "__main__":
+    main()
