@@ -44,7 +44,7 @@ class WholeFiles(TorchCheckpointIO):
             send_to_disk(part)
             check_sums(part)
             check_content(part, checkpoint)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def send_to_disk(file: Path) -> None:
@@ -55,7 +55,7 @@ def send_to_disk(file: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Let the new name be on the disk before an older file is removed."""
     number = os.open(folder, os.O_RDONLY)
     try:

@@ -11,11 +11,12 @@ from weakref import proxy
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from fm_stages.data import load_tensors, read_yaml, remove_parts
+from fm_stages.training.background import Writer
 from fm_stages.training.checkpoint_files import WholeFiles, check_sums
 from fm_stages.training.loggers import is_trial, run_folder
 
@@ -42,7 +43,8 @@ class Checkpoints(ModelCheckpoint):
     """`ModelCheckpoint` with a fixed place, ``<run>/checkpoints``: the best by ``monitor``, and last.ckpt.
 
     Whenever a run is killed, its files are whole: see `WholeFiles`, which the strategy uses unless it has its own way.
-    An older file is removed after the new one has been read back. A file that cannot be written ends the run.
+    Training stands still while a checkpoint is copied, and a thread writes it: whoever needs the file asks `settle`. An
+    older one is removed after the new one has been read back. A file that cannot be written ends the run.
 
     Args:
         monitor: number that decides which is best; the smallest is.
@@ -71,13 +73,18 @@ class Checkpoints(ModelCheckpoint):
         )
         self._step = 0
         self._written: int | None = None
+        self._writer: Writer | None = None
+        self._writing = False  # the same on all ranks; only rank 0 has something to write
+        self._fresh = ""  # the file that holds what a checkpoint would hold now
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fix the folder: a new one for each start would lose sight of the last checkpoint."""
         self.dirpath = self.dirpath or checkpoint_folder(trainer.default_root_dir)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
-        self._written = None
+        files = trainer.strategy.checkpoint_io
+        self._writer = Writer(files) if isinstance(files, WholeFiles) else None
+        self._written, self._writing, self._fresh = None, False, ""
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -89,6 +96,16 @@ class Checkpoints(ModelCheckpoint):
             remove_parts(run_folder(trainer))
             for folder in filter(Path.is_dir, run_folder(trainer).glob("*")):
                 remove_parts(folder)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """While a file is being written, ask whether it is there."""
+        self._fresh = ""
+        if self._writing:
+            self._ask(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After it a checkpoint is another one."""
+        self._fresh = ""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save every n steps, each of them as soon as it is whole.
@@ -105,7 +122,7 @@ class Checkpoints(ModelCheckpoint):
         if self.monitor is None:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if self._step != trainer.max_steps:
-            self.write_last(trainer)
+            self.write_last(trainer, wait=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best while the number that tells them apart is fresh; without an interval, last.ckpt."""
@@ -114,50 +131,81 @@ class Checkpoints(ModelCheckpoint):
         if self.monitor is not None or not self._every_n_train_steps:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if not self._every_n_train_steps and trainer.global_step != trainer.max_steps:
-            self.write_last(trainer)
+            self.write_last(trainer, wait=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let last.ckpt be the last step, also of a run that ends between two checkpoints.
 
         It comes after figures and tables, which a run that is found at its end would not make any more.
         """
+        self._fresh = ""
         self.write_last(trainer)
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Write a checkpoint, which rank 0 does; all ranks learn whether it is there.
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        """Let what is being written be written; other ranks may be elsewhere."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def settle(self, trainer: L.Trainer) -> None:
+        """Wait until all files are there, on all ranks; every rank calls this.
 
         Raises:
-            NotSaved: on every rank, if it is not; the file before it is as it was.
+            NotSaved: on every rank, if one could not be written.
         """
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        failure = ""
-        try:
-            trainer.strategy.save_checkpoint(checkpoint, filepath)
-        except (OSError, ValueError) as error:
-            failure = str(error)
-        if failure := trainer.strategy.broadcast(failure):
-            rank_zero_info(
-                f"\nStopped at step {trainer.global_step}: the checkpoint {filepath} was not saved: {failure}. Files "
-                "that were there before are as they were: with that mended, --ckpt_path last goes on from the newest."
-            )
-            raise NotSaved
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
+        if self._writing:
+            if self._writer is not None:
+                self._writer.wait()
+            self._ask(trainer)
 
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Remove an older file; one that stays is no reason to end the run."""
-        try:
-            super()._remove_checkpoint(trainer, filepath)
-        except OSError as error:
-            rank_zero_warn(f"{filepath} could not be removed: {error}")
+    def write_last(self, trainer: L.Trainer, wait: bool = True) -> None:
+        """Write last.ckpt, unless it is of this step already or the run is a trial.
 
-    def write_last(self, trainer: L.Trainer) -> None:
-        """Write last.ckpt, unless it is of this step already or the run is a trial."""
+        Args:
+            trainer: of the run.
+            wait: until it is there.
+        """
         if not is_trial(trainer) and self._written != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._written = trainer.global_step
+        if wait:
+            self.settle(trainer)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Begin to write a checkpoint, which rank 0 does."""
+        if self._fresh and self._writer is not None:
+            if trainer.is_global_zero:
+                self._writer.copy(self._fresh, filepath)
+        else:
+            self.settle(trainer)  # two copies would be too much for some memories
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            if self._writer is None:  # files of another kind
+                trainer.strategy.save_checkpoint(checkpoint, filepath)
+            elif trainer.is_global_zero:
+                self._writer.write(checkpoint, filepath)
+            self._fresh = filepath
+        self._writing = True
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Remove an older file, after those that are being written are there."""
+        if self._writer is None:
+            super()._remove_checkpoint(trainer, filepath)
+        elif trainer.is_global_zero:
+            self._writer.remove(filepath)
+
+    def _ask(self, trainer: L.Trainer) -> None:
+        """Let all ranks know how far rank 0 is."""
+        busy, failure = (False, "") if self._writer is None else (self._writer.busy, self._writer.failure)
+        self._writing, failure = trainer.strategy.broadcast((busy, failure))
+        if failure:
+            rank_zero_info(
+                f"\nStopped at step {trainer.global_step}: the checkpoint {failure}. Files that were there before are "
+                "as they were: with that mended, --ckpt_path last goes on from the newest."
+            )
+            raise NotSaved
+        if not self._writing and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
 
 
 def _trains(trainer: L.Trainer) -> bool:

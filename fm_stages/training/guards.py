@@ -236,6 +236,7 @@ class Guards(L.Callback):
             )
         checkpoints = self._checkpoints(trainer)
         assert checkpoints is not None
+        checkpoints.settle(trainer)
         # rank 0 says whether there is one: the others may see its folder late
         good = None if not trainer.is_global_zero else find_good(_folder(checkpoints), trainer.global_step)
         self._good = trainer.strategy.broadcast(good)
