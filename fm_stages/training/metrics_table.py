@@ -37,7 +37,8 @@ class MetricsTable(CSVLogger):
     def num_rows(self) -> int:
         """So far, after writing them all; on rank 0."""
         self.save()
-        return self.experiment.num_rows
+        rows: Any = self.experiment
+        return rows.num_rows if isinstance(rows, _Rows) else 0  # a table that failed has none
 
     def cut(self, num_rows: int) -> None:
         """Forget what was logged after so many rows; on rank 0."""
@@ -53,6 +54,7 @@ class _Rows(ExperimentWriter):
         self.hparams: dict[str, Any] = {}
         self.num_rows = 0
         self._table, self._fs = table, get_filesystem(table.save_dir)
+        self._torn = False  # whether there may be a part of a row at the end, for the disk was full
 
     @property
     def log_dir(self) -> str:  # type: ignore[override]
@@ -68,26 +70,30 @@ class _Rows(ExperimentWriter):
         """Append what is new; whatever a fresh start finds in its place goes."""
         if not self.num_rows and self.metrics:
             Path(self.metrics_file_path).unlink(missing_ok=True)
-        num_new = len(self.metrics)
+        if self._torn:
+            self._write(self._read()[: self.num_rows])
+        num_new, self._torn = len(self.metrics), True
         super().save()
+        self._torn = False
         self.num_rows += num_new
 
     def cut(self, num_rows: int) -> None:
         """Keep the first rows, and the columns that they use; a last line that is cut short is not among them."""
-        file = Path(self.metrics_file_path)
-        rows = []
-        if file.exists():
-            with file.open(newline="") as text:
-                rows = list(csv.DictReader(text))[:num_rows]
+        rows = self._read()[:num_rows]
         self.metrics_keys = sorted({key for row in rows for key, value in row.items() if value})
         self.num_rows = len(rows)
         self._write(rows)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """The same with more columns; whole whenever the run is killed."""
-        with Path(self.metrics_file_path).open(newline="") as text:
-            rows = list(csv.DictReader(text))
-        self._write(rows)
+        self._write(self._read())
+
+    def _read(self) -> list[dict[str, str]]:
+        file = Path(self.metrics_file_path)
+        if not file.exists():
+            return []
+        with file.open(newline="") as text:
+            return list(csv.DictReader(text))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         with whole_file(Path(self.metrics_file_path)) as part, part.open("w", newline="") as text:

@@ -44,8 +44,8 @@ class Trial(NamedTuple):
     data: Any
 
 
-class Verified(Exception):  # noqa: N818 - it is no error: the way out of a fit, past validations and pictures
-    """The trial has gone far enough."""
+class Verified(SystemExit):
+    """The trial has gone far enough, on all ranks: the way out of a fit, past validations and pictures."""
 
 
 class Replay(Checkpoint):
