@@ -200,6 +200,25 @@ class TestMetricsTable:
         assert again.num_rows == 4
         assert (tmp_path / "version_0/metrics.csv").read_text().splitlines()[-1] == ",5.0,3"
 
+    def test_after_a_full_disk_the_rows_are_whole(self, tmp_path, monkeypatch):
+        """Half a row reached the file; what comes later follows on the last whole one, and nothing is lost or twice."""
+        table = MetricsTable(tmp_path, name="")
+        table.log_metrics({"a": 1.0}, 0)
+        assert table.num_rows == 1
+
+        def full(writer, rows) -> None:
+            writer.writer.writerow([0.5])
+            raise OSError(28, "No space left on device")
+
+        table.log_metrics({"a": 2.0}, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(csv.DictWriter, "writerows", full)
+            with pytest.raises(OSError, match="No space"):
+                table.save()
+        table.log_metrics({"a": 3.0}, 2)
+        assert table.num_rows == 3
+        assert (tmp_path / "version_0/metrics.csv").read_text() == "a,step\n1.0,0\n2.0,1\n3.0,2\n"
+
     def test_a_fresh_start_leaves_the_table_of_the_run_before(self, tmp_path):
         for version in range(2):
             table = MetricsTable(tmp_path, name="")
