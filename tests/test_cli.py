@@ -612,3 +612,13 @@ class TestMistakes:
         assert done.stderr.splitlines()[-1] == f"fm-stages: {DIGITS}: unrecognized arguments: --trainer.max_step 4"
         assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_the_output_who_leaves_ends_it_quietly(tmp_path):
+    """As ``fm-stages ... | head`` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fm_stages", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

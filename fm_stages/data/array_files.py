@@ -102,7 +102,7 @@ class _ZipFiles(_FolderFiles):
             check_array(self._archive, name, available_memory_bytes())
             with self._archive.open(name) as content:
                 return np.lib.format.read_array(content, allow_pickle=False)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy, zipfile and zlib fail in many ways
             raise ValueError(f"cannot read {name} of {self.place} ({error}): pack it again") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _mapped(file: Path) -> np.ndarray:
     """The array of a ``.npy`` file, mapped into memory without being read."""
     try:
         return np.lib.format.open_memmap(file, mode="r")  # unlike np.load it has no way to unpickle
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy parses its header as Python, and fails in many ways
         raise ValueError(f"cannot read {file} ({error}): write it with np.save, from an array of numbers") from error
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fm_stages.networks import DiT
 from fm_stages.studies.features_classifier import Classifier, write_classifier
 from tests.fuzz import mutations as m
-from tests.studies.conftest import made_profile, save_checkpoint
+from tests.studies.conftest import save_checkpoint
 
 Mutation = Callable[[Path, Random], None]
 
@@ -202,7 +202,9 @@ def write_originals(folder: Path, run: Callable, write_vae: Callable) -> None:
     foreign = DiT(**{**network, "input_size": 8}, num_classes=10).state_dict()
     torch.save({"ema": foreign, "model": foreign}, folder / "foreign.pt")
     write_classifier(folder / "classifier.safetensors", Classifier(1, 8, 10), 0.9, {"data": {"class_path": "Digits"}})
-    made_profile().save(folder / "stages.json")
+    assert run(*PROFILE, "base.yaml").status == 0
+    shutil.move(folder / "out/profile.json", folder / "stages.json")
+    shutil.rmtree(folder / "out")
     assert run("sample", "--ckpt", "small.ckpt", "--out", "drawn", *DRAW).status == 0
 
     draw = np.random.default_rng(0)

@@ -186,6 +186,8 @@ def test_damaged_files(num, seed, originals, monkeypatch, capsys):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_whole_files_work(originals, monkeypatch):
     """What is not damaged is read: else the other test would say nothing."""
     for name, subject in subjects().items():
