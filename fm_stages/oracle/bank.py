@@ -106,7 +106,8 @@ class DataBank:
         total = ranks.reduce((self._extra[:, 0].double() * own.class_count.to(rows.device)).sum(), group)
         self.rms_norm = float(torch.sqrt(total / self.num_rows + self.mean.square().sum()))
         """Root mean square norm of what the network sees, the unit of errors of the posterior mean."""
-        if not self.max_spread <= LARGEST_SPREAD or not math.isfinite(self.rms_norm):  # the same on all ranks
+        largest = max(self.max_spread, self.max_norm**2)  # the same on all ranks
+        if not largest <= LARGEST_SPREAD or not math.isfinite(self.rms_norm):
             raise ValueError(
                 f"rows are too large: their squared norms leave float32's range (a stored row has the norm "
                 f"{self.max_norm:.3g}); choose scale and shift so that values are of the size of 1, the noise's"

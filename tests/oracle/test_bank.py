@@ -25,7 +25,7 @@ def rows(generator) -> Tensor:
 
 class TestRows:
     def test_come_back_bit_for_bit(self, rows):
-        rows[2, 0, 0, 0], rows[3, 0, 0, 1], rows[4, 1, 2, 0] = -0.0, 1e-40, 3e18
+        rows[2, 0, 0, 0], rows[3, 0, 0, 1], rows[4, 1, 2, 0] = -0.0, 1e-40, 3e17
         bank = DataBank(rows)
         index = torch.tensor([12, 3, 3, 0, 2, 7, 4])
         assert bits(bank.rows(index)) == bits(rows[index])
@@ -322,6 +322,10 @@ class TestRefusals:
         DataBank(1e15 * torch.eye(4))
         with pytest.raises(ValueError, match="rows are too large.*scale"):
             DataBank(1e25 * torch.eye(4))
+        with pytest.raises(ValueError, match="rows are too large.*scale"):
+            DataBank(1e19 * torch.eye(4))  # where sums of them do
+        with pytest.raises(ValueError, match="rows are too large.*scale"):
+            DataBank(1e25 * torch.eye(4), scale=1e-25)  # products are of rows as they are stored
 
     @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("row", [0, 3, 9000])
