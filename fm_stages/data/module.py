@@ -1,6 +1,7 @@
 """What all data modules share: batches, bank, and the place in the data that a restart needs."""
 
 import math
+import signal
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,21 @@ from fm_stages.data.bank import available_memory_bytes, bank_of
 from fm_stages.data.batches import accumulate, recount
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledRows
 from fm_stages.oracle import BankPlan, DataBank, GaussianMixtureBank, plan_bank, together
+
+
+WORKER_GRACE_SEC = 30
+"""Seconds for which a worker goes on after SIGTERM."""
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Let what ends a run not end its workers at once: SLURM and terminals signal all processes.
+
+    The run finishes its step, for which it may need a batch, and then ends its workers. Should it wait for one to obey
+    SIGTERM, it does not wait long.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SEC))
 
 
 class _ResumableLoader(DataLoader):
@@ -273,6 +289,7 @@ class TrainingData(L.LightningDataModule):
             sampler=sampler,
             batch_size=None,  # an item of the sampler is a whole batch
             num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available() and dataset.on_host,
             generator=torch.Generator(),  # seeds the workers; the global one would advance with every iteration
         )

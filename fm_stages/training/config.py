@@ -35,7 +35,7 @@ from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.network_size import check_network
 from fm_stages.training.patience import finish_loggers, make_patient
-from fm_stages.training.preemption import Preemption
+from fm_stages.training.preemption import Preemption, listening
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
 from fm_stages.training.rewinding import fit_with_rewinds
@@ -299,7 +299,8 @@ class TrainingCLI(LightningCLI):
             verify_resume(self._trial, run, num_steps, arguments.get("ckpt_path"))
         status = 1
         try:
-            fit_with_rewinds(self.trainer, **arguments)
+            with listening(self.trainer):
+                fit_with_rewinds(self.trainer, **arguments)
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)

@@ -43,13 +43,16 @@ class Continuity(Checkpoint):
         in_step = done["completed"] < done["processed"]  # inside on_train_batch_end
         logs = in_step and not loop._should_accumulate() and connector.should_update_logs
         fetcher = trainer.fit_loop._data_fetcher
+        seen = loop.val_loop.batch_progress.current.state_dict()
+        in_validation = trainer.validating and seen["completed"] < seen["processed"]  # inside on_validation_batch_end
         checkpoint[KEY] = {
             "random": gather(random_state(pl_module.device)),
             "table_rows": [table.num_rows for table in tables(trainer)],
             "row": _on_cpu(connector.metrics["log"]) if logs else {},
             "epoch": trainer.current_epoch,
             "metrics": _on_cpu(trainer.callback_metrics),
-            "validation_due": bool(in_step and fetcher is not None and loop._should_check_val_fx(fetcher)),
+            "validation_due": in_validation
+            or bool(in_step and fetcher is not None and loop._should_check_val_fx(fetcher)),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
