@@ -17,7 +17,6 @@ from fm_stages.data.batches import accumulate, recount
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledRows
 from fm_stages.oracle import BankPlan, DataBank, GaussianMixtureBank, plan_bank, together
 
-
 WORKER_GRACE_SEC = 30
 """Seconds for which a worker goes on after SIGTERM."""
 
