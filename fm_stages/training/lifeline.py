@@ -65,6 +65,7 @@ class Lifeline(L.Callback):
         self._server: socket.socket | None = None
         self._token = b""
         self._rank = 0
+        self._printed = False
 
     # from beginning to end --------------------------------------------------------------------------------------------
 
@@ -103,7 +104,8 @@ class Lifeline(L.Callback):
             self.close()
             return
         if (self._peers or self._heard.is_set()) and _is_lost(exception) and self._heard.wait(HEARD_SEC):
-            self._print()
+            if not self._printed:
+                self._print()
             self.close(self.cause)
             time.sleep(1)  # a launcher sees first who died first
             raise RankLost from exception
@@ -145,9 +147,10 @@ class Lifeline(L.Callback):
                     break
         if not self.cause:
             return
+        if not self._ending.is_set():
+            self._print()  # now: a launcher may end this rank before it comes to its next collective
         self._heard.set()
         if not self._ending.wait(GRACE_SEC):
-            self._print()
             self.close(self.cause)
         else:
             time.sleep(2 * GRACE_SEC)
@@ -191,7 +194,8 @@ class Lifeline(L.Callback):
         )
 
     def _print(self) -> None:
-        """Once over all ranks, but for those on nodes that died with rank 0."""
+        """Once over all ranks."""
+        self._printed = True
         if self._rank == 0 or (self._rank == 1 and "rank 0 (" in self.cause[:8]):
             print(f"\nfm-stages: {self.cause}. The other ranks end, too.", file=sys.stderr, flush=True)
 
