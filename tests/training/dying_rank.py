@@ -43,8 +43,8 @@ def plant() -> None:
     method, write_last = getattr(kind, name), Checkpoints.write_last
     written = []
 
-    def written_last(self, trainer) -> None:
-        write_last(self, trainer)
+    def written_last(self, trainer, **kwargs) -> None:
+        write_last(self, trainer, **kwargs)
         written.append(trainer.global_step)
 
     def dying(self, *args, **kwargs):
