@@ -9,7 +9,7 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all test-slurm test-two-hosts test-path lint format bench docker test-docker clean distclean
+.PHONY: help install demo test test-all test-faults test-slurm test-two-hosts test-path lint format bench docker test-docker clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,10 @@ test-two-hosts: $(STAMP)  ## Train on two network namespaces, as on two machines
 
 test-path: $(STAMP)  ## Encode, profile, train, kill, resume and sample, 20 000 images on two ranks
 	PYTHONPATH=. $(BIN)/python tests/end_to_end/whole_path.py
+
+test-faults: $(STAMP)  ## Kill commands at 60 moments, go on with each and compare; fuzz what is read of strangers
+	PYTHONPATH=. $(BIN)/python tests/faults/kills.py
+	$(BIN)/python -m pytest -m "" tests/fuzz
 
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .
