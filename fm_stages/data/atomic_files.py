@@ -29,7 +29,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove from a folder what `whole_file` was writing for processes that were killed; none may be writing now."""
+    """Remove from a folder what `whole_file` was writing for processes that were killed.
+
+    Of another process that lives on this machine nothing is removed; on other ones none may be writing there now.
+    """
     for file in folder.glob(f"*{PART}"):
-        if re.fullmatch(rf".+\.\d+{re.escape(PART)}", file.name):
+        writer = re.fullmatch(rf".+\.(\d+){re.escape(PART)}", file.name)
+        if writer and (int(writer[1]) == os.getpid() or not _lives(int(writer[1]))):
             file.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True

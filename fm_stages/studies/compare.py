@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from fm_stages.data import read_yaml_file
+from fm_stages.data import read_yaml_file, remove_parts
 from fm_stages.oracle import StageProfile
 from fm_stages.studies.compare_arms import (
     Arm,
@@ -115,6 +115,8 @@ class _Comparing:
         self.reference = choose_reference(overrides, options.reference)
         self.out = Path(options.out or f"runs/compare_{Path(options.config[0]).stem}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        for folder in (self.out, self.out / "arms"):
+            remove_parts(folder)
         base = resolve(options.config)
         self.module, self.data = build_run(base)
         self.data.prepare_data()
@@ -264,6 +266,7 @@ def _finish(run: Run, probe: Probe, group: str, bar: tqdm) -> None:
     with alone(run, say_that_it_waits) as lock:
         if run.result() is not None:
             return
+        remove_parts(run.folder)
         train(run, lock, group, bar.refresh if sys.stderr.isatty() else lambda: None)
         checkpoint = read_checkpoint(run.checkpoint)
         network = build_run(run.arm.config)[0].network

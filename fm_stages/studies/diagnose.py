@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fm_stages import plots
-from fm_stages.data import TrainingData, pictures_of
+from fm_stages.data import TrainingData, pictures_of, remove_parts
 from fm_stages.networks import LabelEmbedding
 from fm_stages.oracle import Curves, StageProfile, oracle_of
 from fm_stages.studies.diagnose_measure import diagnose
@@ -132,6 +132,7 @@ def _by_label(module: FlowMatching, data: TrainingData, profile: StageProfile, o
 
 def _write(folder: Path, train: Curves, held_out: Curves, profile: StageProfile, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder)
     for name, curves in (("training", train), ("held_out", held_out)):
         curves.write_csv(folder / f"{name}.csv")
     numbers = {"training": asdict(train), "held_out": asdict(held_out), "profile": asdict(profile)}

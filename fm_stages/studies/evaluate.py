@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fm_stages.data import TrainingData
+from fm_stages.data import TrainingData, remove_parts
 from fm_stages.oracle import together
 from fm_stages.studies.drawing import Drawing
 from fm_stages.studies.evaluate_features import FeatureSet, extract
@@ -158,6 +158,7 @@ def _make(out: Path) -> None:
     """The folder of the report, without an earlier one: found out before hours of drawing that it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        remove_parts(out)
         for name in FILES:
             (out / name).unlink(missing_ok=True)  # of an earlier call, which may have been of other samples
     except OSError as error:

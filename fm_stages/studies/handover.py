@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_stages import plots
-from fm_stages.data import TrainingData
+from fm_stages.data import TrainingData, remove_parts
 from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solver_named, time_grid, unguided
 from fm_stages.oracle import DataBank, Oracle
 from fm_stages.studies.memorization_measure import MEMORIZED, nearest_sources
@@ -249,6 +249,7 @@ def handover_command(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     print(f"\n{table(found.closeness)}\n")
     out.mkdir(parents=True, exist_ok=True)
+    remove_parts(out)
     settings = {
         **{name: options[name] for name in ("ckpt", "num", "solver", "num_steps", "seed")},
         **{"weights": trained.weights, "step": trained.step, "labels": rule, "taus": found.taus},

@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from fm_stages import flow, plots
+from fm_stages.data import remove_parts
 from fm_stages.flow import TimestepSampler
 from fm_stages.oracle import Oracle
 from fm_stages.studies.pictures import draw_pictures
@@ -183,6 +184,7 @@ def _folder(out: str) -> Path:
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()
+        remove_parts(Path(out))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}): give another folder") from error
     return Path(out)
@@ -201,6 +203,7 @@ def _notes() -> Iterator[None]:
 def _write(study: Study, folder: Path) -> None:
     """``profile.json`` for other commands, ``study.json`` with all the rest, and the figures."""
     profile = study.profile
+    remove_parts(folder)
     for name in FIGURES:  # of an earlier run on other data
         (folder / f"{name}.png").unlink(missing_ok=True)
     profile.save(folder / "profile.json")
