@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 
 import lightning as L
 from lightning.fabric.plugins.environments import (
@@ -23,10 +26,21 @@ def find_launcher() -> ClusterEnvironment | None:
         RuntimeError: where srun was given --ntasks without --ntasks-per-node.
     """
     if TorchElasticEnvironment.detect():
+        end_with_parent()
         return TorchElasticEnvironment()
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return SLURMEnvironment(auto_requeue=False)  # else Lightning saves a checkpoint inside its signal handler
     return LightningEnvironment() if "SLURM_JOB_ID" in os.environ else None
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this rank once torchrun is gone: killed, it takes no rank along.
+
+    They would train on unseen, and write into the folder of the run that is started again.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def check_num_ranks(trainer: L.Trainer, launcher: ClusterEnvironment) -> None:

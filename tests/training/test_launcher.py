@@ -1,6 +1,9 @@
 """Which launcher is found, from the variables that torchrun, srun, sbatch and salloc leave."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -51,3 +54,19 @@ def test_a_shell_or_batch_script_of_a_job_is_no_rank(found, step):
     launcher = found({**JOB, **step})
     assert isinstance(launcher, LightningEnvironment)
     assert launcher.world_size() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells a rank")
+def test_a_rank_ends_when_torchrun_is_killed():
+    rank = "from fm_stages.training import find_launcher; find_launcher(); print('here', flush=True); input()"
+    torchrun = (
+        "import os, subprocess, sys\n"
+        "os.environ['TORCHELASTIC_RUN_ID'] = 'run'\n"
+        f"subprocess.run([sys.executable, '-c', {rank!r}])"
+    )
+    pipe, own = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    running = subprocess.Popen([sys.executable, "-c", torchrun], stdin=pipe, stdout=pipe, env=own)
+    assert running.stdout.readline() == b"here\n"
+    running.kill()
+    assert running.stdout.read() == b""  # which ends when the last process that could write has ended
+    running.wait()
