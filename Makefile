@@ -55,7 +55,7 @@ test-path: $(STAMP)  ## Encode, profile, train, kill, resume and sample, 20 000 
 
 test-faults: $(STAMP)  ## Kill commands at 60 moments, go on with each and compare; fuzz what is read of strangers
 	PYTHONPATH=. $(BIN)/python tests/faults/kills.py
-	$(BIN)/python -m pytest -m "" tests/fuzz
+	$(BIN)/python -m pytest -m "" -s tests/fuzz
 
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .

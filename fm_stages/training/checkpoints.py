@@ -87,6 +87,11 @@ class Checkpoints(ModelCheckpoint):
         self._written, self._writing, self._fresh = None, False, ""
         super().setup(trainer, pl_module, stage)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; Lightning forgets the number of the last validation."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict.get("current_score")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove what a run before this one was writing when it was killed."""
         super().on_train_start(trainer, pl_module)

@@ -142,9 +142,15 @@ def _in_epoch(trainer: L.Trainer, epoch: int) -> Iterator[None]:
 
 
 def _validate(trainer: L.Trainer) -> None:
-    """Validate as Lightning does after a batch."""
-    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    first_loop_iter = connector._first_loop_iter
+    """Validate as Lightning does after a batch, which counts as completed by then: also in what is saved meanwhile."""
+    epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    loop, first_loop_iter = epoch_loop.val_loop, connector._first_loop_iter
+    counts = epoch_loop.batch_progress.total, epoch_loop.batch_progress.current
+    before = [count.completed for count in counts]
+    for count in counts:
+        count.completed = count.state_dict()["processed"]
     trainer.validating, loop.restarting = True, False
     loop.run()
     trainer.training, connector._first_loop_iter = True, first_loop_iter
+    for count, completed in zip(counts, before, strict=True):
+        count.completed = completed
