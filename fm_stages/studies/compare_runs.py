@@ -107,6 +107,7 @@ class Run:
             return []
         arguments = {"dirpath": str(self.milestone_folder), "every_n_train_steps": every_n_steps}
         arguments |= {"save_top_k": -1, "save_weights_only": True, "filename": "{step}"}
+        arguments |= {"enable_version_counter": False}  # of a run that was killed, the same step comes again
         keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
         return [f"--trainer.callbacks+={json.dumps(keeper)}"]
 

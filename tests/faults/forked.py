@@ -80,7 +80,8 @@ class Forked:
             try:
                 if entry.name.isdecimal():
                     after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-                    if after_name[0] != "Z" and int(after_name[3]) in ours:
+                    # a rank that has just been started is in no session of its own yet
+                    if after_name[0] != "Z" and ours & {int(entry.name), int(after_name[3])}:
                         found.append(int(entry.name))
             except OSError:
                 continue

@@ -147,12 +147,13 @@ class Killing:
         draw = random.Random(f"{self.seed} {workload.name} {attack.name}")
         expected, life_sec = self.reference(workload, attack.fresh)
         number = 0
-        while tally.phases.total() < attack.kills and number < 3 * attack.kills:
+        while tally.phases.total() < attack.kills and number < 10 * attack.kills:
             place, number = self._new_place(workload, f"{attack.name} {number}"), number + 1
             wanted = min(draw.choice((1, 2, 3)), attack.kills - tally.phases.total())
             kills = 0
             for _ in range(wanted):
                 if not self._kill_one(attack, place, draw.uniform(0, life_sec), tally):
+                    life_sec *= 0.7  # the machine is less busy now
                     break
                 kills += 1
             self._finish(attack, place, expected, kills, tally)

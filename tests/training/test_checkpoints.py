@@ -176,9 +176,9 @@ class TestFiles:
     def test_what_a_killed_run_was_writing_goes_and_nothing_else(self, rising, tmp_path):
         folder = tmp_path / "run"
         for name in (
-            "a.csv.123.part",
-            "oracle/b.csv.99.part",
-            "checkpoints/last.ckpt.7.part",
+            "a.csv.9000123.part",
+            "oracle/b.csv.9000099.part",
+            "checkpoints/last.ckpt.9000007.part",
             "film.part",
             "x.1.parts",
         ):
@@ -193,7 +193,7 @@ class TestFiles:
         rising(3)
         before = (folder / "last.ckpt").read_bytes()
         os.link(folder / "last.ckpt", tmp_path / "the same file")
-        (folder / "last.ckpt.123.part").write_bytes(b"of a run that was killed")
+        (folder / "last.ckpt.9000123.part").write_bytes(b"of a run that was killed")
 
         def another_file_system(*_):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
