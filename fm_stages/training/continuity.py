@@ -31,6 +31,7 @@ class Continuity(Checkpoint):
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
+        self._resumed = False  # and no batch has come since
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin anew, unless a checkpoint is loaded."""
@@ -62,9 +63,16 @@ class Continuity(Checkpoint):
             for table in tables(trainer):
                 table.go_on()
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Number lines by steps: Lightning counts one too many after a checkpoint of a run's end with a validation."""
+        if self._resumed:
+            self._resumed = False
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on."""
         state, self._state = self._state, None
+        self._resumed = bool(trainer.ckpt_path)
         if state is None:
             return
         connector = trainer._logger_connector
