@@ -119,6 +119,7 @@ class TestFit:
         found = {str(file.relative_to(trained.run)) for file in trained.run.rglob("*") if file.is_file()}
         assert found == {
             "config.yaml",
+            "run_id.txt",
             *(f"checkpoints/{name}.ckpt" for name in ("last", "step_0000004")),
             *(f"oracle/gap_by_t{end}" for end in ("_0000002.csv", "_0000004.csv")),
             *(f"oracle_val/gap_by_t{s}_000000{step}.csv" for s in ("", "_ema") for step in (2, 4)),
@@ -353,7 +354,7 @@ class TestWandb:
             (new,) = {*RUN.glob("wandb/offline-run-*")} - {*started}
             started.append(new)
         (run_id,) = {folder.name.split("-")[-1] for folder in started}
-        assert run_id == (RUN / "wandb_run.txt").read_text().strip()
+        assert run_id == (RUN / "run_id.txt").read_text().strip()
         seen = [logged_steps(folder, "train/loss") for folder in started]
         assert seen == [[0, 1, 2, 3], [4, 5]]
 
@@ -482,7 +483,7 @@ MISTAKES = {
     "batch beyond the data": ("arguments", ["--data.init_args.batch_size=9999"], "batch_size=9999 .* 1438"),
     "batch that does not divide": (
         "arguments",
-        ["--trainer.accumulate_grad_batches=3"],
+        ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=3"],
         "batch_size=64 .* 1 ranks times 3 accumulated micro-batches: 63 and 66 do",
     ),
     "micro-batches of nothing": ("arguments", ["--data.init_args.micro_batch_size=0"], "micro_batch_size=0 must be 1"),

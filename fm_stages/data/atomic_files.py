@@ -34,7 +34,7 @@ def remove_parts(folder: Path) -> None:
     Of another process that lives on this machine nothing is removed; on other ones none may be writing there now.
     """
     for file in folder.glob(f"*{PART}"):
-        writer = re.fullmatch(rf".+\.(\d+){re.escape(PART)}", file.name)
+        writer = re.fullmatch(rf".+\.[a-z]+\.(\d+){re.escape(PART)}", file.name)  # films come in parts, too
         if writer and (int(writer[1]) == os.getpid() or not _lives(int(writer[1]))):
             file.unlink(missing_ok=True)
 

@@ -19,6 +19,11 @@ from fm_stages.data import load_tensors, whole_file
 NEEDED = ("pytorch-lightning_version", "global_step", "state_dict", "loops", "callbacks", "optimizer_states")
 """What a checkpoint holds that a run can go on from; one of weights alone has no optimizer's state."""
 
+LAST = "last.ckpt"
+
+CONTINUITY = "continuity"
+"""Key of a checkpoint, under which it says of which run it is."""
+
 
 class WholeFiles(TorchCheckpointIO):
     """Writes beside the file that is replaced, reads back what lies on the disk, and then puts it into its place.
@@ -127,8 +132,12 @@ def _strange(tree: Any, place: str) -> Iterator[str]:
         yield f"{place} is a {kind}: keep tensors, numbers, text, lists and dicts in a state"
 
 
-def resumable_step(file: Path) -> int:
+def resumable_step(file: Path, run_id: str | None = None) -> int:
     """The step of a checkpoint that a run can go on from, by what it says of itself: `check_sums` reads the rest.
+
+    Args:
+        file: the checkpoint.
+        run_id: of the run; None: any will do. A file that tells none is of an older version, and will do as well.
 
     Raises:
         ValueError: why none can.
@@ -144,27 +153,33 @@ def resumable_step(file: Path) -> int:
         raise ValueError(f"it holds no {missing[0] if isinstance(found, dict) else 'run'} to go on with")
     if type(found["global_step"]) is not int:
         raise ValueError(f"its step is {found['global_step']!r:.50}")
+    own = (found.get(CONTINUITY) or {}).get("run", run_id)
+    if run_id is not None and own != run_id:
+        raise ValueError(f"it is of another run in this folder ({own}, and this one is {run_id})")
     return found["global_step"]
 
 
 def whole_checkpoints(
-    folder: Path, latest: float = math.inf, passed_over: dict[Path, str] | None = None
+    folder: Path, latest: float = math.inf, run_id: str | None = None, passed_over: dict[Path, str] | None = None
 ) -> Iterator[tuple[int, Path]]:
     """Checkpoints of a folder that a run can go on from and their steps, the newest first; each is read as a whole.
+
+    Of one step last.ckpt comes first: it alone says which batches were passed over.
 
     Args:
         folder: where they lie.
         latest: step after which none is wanted.
+        run_id: of the run, see `resumable_step`.
         passed_over: takes those that are none, and why.
     """
     passed_over = {} if passed_over is None else passed_over
-    found: list[tuple[int, str, Path]] = []
+    found: list[tuple[int, bool, str, Path]] = []
     for file in folder.glob("*.ckpt"):
         try:
-            found.append((resumable_step(file), file.name, file))
+            found.append((resumable_step(file, run_id), file.name == LAST, file.name, file))
         except (OSError, ValueError) as error:
             passed_over[file] = str(error)
-    for step, _, file in sorted(found, reverse=True):
+    for step, _, _, file in sorted(found, reverse=True):
         if step > latest:
             continue
         try:

@@ -26,6 +26,9 @@ CONFIG_KEY = "fm_stages_config"
 SAME_FUNCTION = {"num_classes", "activation_checkpointing", "compile_blocks"}
 """Arguments of networks that do not change what they compute of the same weights."""
 
+WRITTEN_TO = ("oracle", "oracle_val", "oracle_train", "memorization", "stages", "samples", "version_*")
+"""Folders in that of a run, in which a killed one may have left files half written."""
+
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 """The weight whose shape depends on the number of classes."""
 
@@ -97,9 +100,9 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         if trainer.is_global_zero and not is_trial(trainer):
-            remove_parts(Path(str(self.dirpath)))
-            remove_parts(run_folder(trainer))
-            for folder in filter(Path.is_dir, run_folder(trainer).glob("*")):
+            # and nowhere else: the run's folder may be one in which other people's runs and files lie
+            written_to = (folder for name in WRITTEN_TO for folder in run_folder(trainer).glob(name))
+            for folder in (Path(str(self.dirpath)), run_folder(trainer), *written_to):
                 remove_parts(folder)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:

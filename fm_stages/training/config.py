@@ -26,7 +26,7 @@ from fm_stages.training.checkpoints import (
     read_checkpoint,
 )
 from fm_stages.training.class_paths import check_classes
-from fm_stages.training.continuity import Continuity, is_within
+from fm_stages.training.continuity import Continuity, id_of, is_own
 from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.lifeline import Lifeline
@@ -39,12 +39,12 @@ from fm_stages.training.preemption import Preemption, listening
 from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.resume import LAST, SameStart, find_last
 from fm_stages.training.rewinding import fit_with_rewinds
+from fm_stages.training.run_ids import keep_id, kept_id, name_at_wandb, new_id
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
 from fm_stages.training.verify_resume import Trial, verify_resume
-from fm_stages.training.wandb_runs import choose_run, keep_run
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""
@@ -123,7 +123,8 @@ class RunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         with whole_file(folder / "config.yaml") as part:
             part.write_text(self._yaml)
-        keep_run(trainer)
+        if (run_id := id_of(trainer)) is not None:
+            keep_id(trainer, run_id)
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config.as_dict())
 
@@ -226,7 +227,9 @@ class TrainingCLI(LightningCLI):
         # known before any callback's set-up, for `--ckpt_path last`
         config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
         if self.subcommand == "fit" and config.ckpt_path == "last":
-            config.ckpt_path = find_last(config.checkpoints.dirpath)
+            config.ckpt_path = find_last(config.checkpoints.dirpath, kept_id(Path(config.trainer.default_root_dir)))
+        goes_on = self.subcommand == "fit" and is_own(config.ckpt_path, config.checkpoints.dirpath)
+        self._run_id = (kept_id(Path(config.trainer.default_root_dir)) if goes_on else None) or new_id()
         if any(logger.class_path.endswith("WandbLogger") for logger in loggers_of(config)):
             rank_zero_info(f"wandb: {choose_wandb_mode()}")
         for logger in loggers_of(config):
@@ -245,7 +248,7 @@ class TrainingCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         for checkpoints in [c for c in callbacks if isinstance(c, Checkpoints)]:
-            callbacks = [*callbacks, Preemption(checkpoints), Continuity()]
+            callbacks = [*callbacks, Preemption(checkpoints), Continuity(self._run_id)]
         callbacks = [Lifeline(), SameStart(), *callbacks]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, StepProgressBar()]
@@ -256,9 +259,7 @@ class TrainingCLI(LightningCLI):
         trainer = super()._instantiate_trainer({**config, "plugins": plugins}, callbacks)
         if launcher is not None:
             check_num_ranks(trainer, launcher)
-        settings = self.config[self.subcommand] if self.subcommand else self.config
-        folders = trainer.default_root_dir, settings.checkpoints.dirpath
-        choose_run(trainer, goes_on=is_within(settings.get("ckpt_path"), *folders))
+        name_at_wandb(trainer, self._run_id)
         for logger in trainer.loggers:
             make_patient(logger)
         return trainer
@@ -278,7 +279,7 @@ class TrainingCLI(LightningCLI):
         if not config.init_from:
             return
         if config.ckpt_path:
-            if Path(config.ckpt_path) in Path(config.checkpoints.dirpath).glob("*.ckpt"):
+            if is_own(config.ckpt_path, config.checkpoints.dirpath):
                 return  # a job that SLURM starts again: it began with these weights, and has gone on since
             raise ValueError("--init-from starts anew from weights, --ckpt_path resumes a run: give one of them")
         model = config.model.clone().as_dict()
@@ -342,15 +343,8 @@ class TrainingCLI(LightningCLI):
     def _check(self) -> None:
         """Data that can be read and fit the network; a checkpoint that can be read."""
         self.model.check_precision(self.trainer)
-        interval, parts = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
-        if interval == 0:
+        if self.trainer.val_check_interval == 0:
             raise ValueError("val_check_interval=0 is no interval: give steps, or set limit_val_batches to 0")
-        if isinstance(interval, int) and self.trainer.check_val_every_n_epoch is None and interval % parts:
-            raise ValueError(
-                f"val_check_interval={interval} counts micro-batches where accumulate_grad_batches={parts} is given, "
-                "and would validate inside an optimizer step: give a multiple of it, or the data's micro_batch_size in "
-                "the place of accumulate_grad_batches, for then it counts steps"
-            )
         path = self.config[self.subcommand].ckpt_path
         if path and path not in KEYWORDS:
             checkpoint = read_checkpoint(path)
@@ -362,6 +356,13 @@ class TrainingCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         self.model.check_data(self.datamodule)
+        interval, parts = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        if isinstance(interval, int) and self.trainer.check_val_every_n_epoch is None and interval % parts:
+            raise ValueError(
+                f"val_check_interval={interval} counts micro-batches where accumulate_grad_batches={parts} is given, "
+                "and would validate inside an optimizer step: give a multiple of it, or the data's micro_batch_size in "
+                "the place of accumulate_grad_batches, for then it counts steps"
+            )
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SampleGrid) and self.subcommand == "fit":
                 callback.check(self.model, self.datamodule)

@@ -11,13 +11,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from fm_stages.training.checkpoint_files import CONTINUITY
 from fm_stages.training.flight import gather
 from fm_stages.training.metrics_table import MetricsTable
-
-KEY = "continuity"
-"""Of a checkpoint."""
+from fm_stages.training.run_ids import new_id
 
 
 class Continuity(Checkpoint):
@@ -25,17 +24,32 @@ class Continuity(Checkpoint):
 
     A checkpoint of a step is written before the numbers of that step are logged, and before the validation that is due
     at it: both are made up for, when the run goes on. What a `MetricsTable` holds beyond the checkpoint is cut off.
+    What Lightning does at the end of an epoch after the validation (means over an epoch, ``on_train_epoch_end``) is not
+    made up for: none of it is in a run of this package.
 
     A `Checkpoint` in Lightning's sense comes after all other callbacks: nothing is drawn between it and the first step.
+
+    Attributes:
+        run_id: of the run; that of the checkpoint which it goes on from.
+
+    Args:
+        run_id: of a run that begins; None: a new one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id or new_id()
         self._state: dict[str, Any] | None = None
         self._resumed = False  # and no batch has come since
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin anew, unless a checkpoint is loaded."""
+        """Begin anew, unless a checkpoint is loaded.
+
+        Raises:
+            ValueError: if nothing writes checkpoints; Lightning adds its own only where there is no `Checkpoint`.
+        """
         self._state = None
+        if stage == "fit" and not any(isinstance(c, ModelCheckpoint) for c in trainer.checkpoint_callbacks):
+            raise ValueError("Continuity is for runs with checkpoints: add Checkpoints() to the callbacks")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Every rank calls this."""
@@ -46,9 +60,10 @@ class Continuity(Checkpoint):
         fetcher = trainer.fit_loop._data_fetcher
         seen = loop.val_loop.batch_progress.current.state_dict()
         in_validation = trainer.validating and seen["completed"] < seen["processed"]  # inside on_validation_batch_end
-        checkpoint[KEY] = {
+        checkpoint[CONTINUITY] = {
+            "run": self.run_id,
             "random": gather(random_state(pl_module.device)),
-            "table_rows": [table.num_rows for table in tables(trainer)],
+            "tables": [table.place() for table in tables(trainer)],
             "row": _on_cpu(connector.metrics["log"]) if logs else {},
             "epoch": trainer.current_epoch,
             "metrics": _on_cpu(trainer.callback_metrics),
@@ -58,10 +73,12 @@ class Continuity(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep it until training starts; go on with the tables, if it is this run that is gone on with."""
-        self._state = checkpoint.get(KEY)  # an older one has none
-        if trainer.state.fn == "fit" and goes_on(trainer):
-            for table in tables(trainer):
-                table.go_on()
+        self._state = checkpoint.get(CONTINUITY)  # an older one has none
+        if self._state is None or trainer.state.fn != "fit" or not _goes_on(trainer):
+            return
+        self.run_id = self._state.get("run", self.run_id)
+        for table, place in zip(tables(trainer), self._state.get("tables", []), strict=False):
+            table.go_on(place)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Number lines by steps: Lightning counts one too many after a checkpoint of a run's end with a validation."""
@@ -77,9 +94,7 @@ class Continuity(Checkpoint):
             return
         connector = trainer._logger_connector
         connector._callback_metrics.update({k: x.to(pl_module.device) for k, x in state["metrics"].items()})
-        if goes_on(trainer):
-            for table, num_rows in zip(tables(trainer), state["table_rows"], strict=False):
-                table.cut(num_rows)
+        if _goes_on(trainer):
             with _in_epoch(trainer, state["epoch"]):
                 connector.log_metrics(dict(state["row"]))
         if len(state["random"]) == trainer.world_size:  # other ranks hold other parts of a batch
@@ -91,7 +106,12 @@ class Continuity(Checkpoint):
 
 def logged_so_far(trainer: L.Trainer) -> dict[str, Any]:
     """Replaces what a checkpoint knows of what is logged, where a run goes back to it and keeps its tables."""
-    return {"table_rows": [table.num_rows for table in tables(trainer)], "row": {}, "validation_due": False}
+    return {"tables": [table.place() for table in tables(trainer)], "row": {}, "validation_due": False}
+
+
+def id_of(trainer: L.Trainer) -> str | None:
+    """The run's id; None where there is no `Continuity`."""
+    return next((c.run_id for c in trainer.checkpoint_callbacks if isinstance(c, Continuity)), None)
 
 
 def tables(trainer: L.Trainer) -> list[MetricsTable]:
@@ -99,17 +119,14 @@ def tables(trainer: L.Trainer) -> list[MetricsTable]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsTable) and trainer.is_global_zero]
 
 
-def goes_on(trainer: L.Trainer) -> bool:
-    """Whether this is the run that wrote the checkpoint, not another one that branches off."""
-    folders = (trainer.default_root_dir, getattr(trainer.checkpoint_callback, "dirpath", None))
-    return is_within(trainer.ckpt_path, *folders)
+def is_own(checkpoint: str | Path | None, folder: str | Path) -> bool:
+    """Whether a checkpoint lies in a run's folder of checkpoints: it is gone on with, and not branched off from."""
+    return bool(checkpoint) and Path(str(checkpoint)).resolve().parent == Path(folder).resolve()
 
 
-def is_within(file: str | Path | None, *folders: str | None) -> bool:
-    """Whether a file lies in one of some folders."""
-    if not file:
-        return False
-    return any(Path(file).resolve().is_relative_to(Path(folder).resolve()) for folder in folders if folder)
+def _goes_on(trainer: L.Trainer) -> bool:
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    return any(is_own(trainer.ckpt_path, folder) for folder in folders)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -162,3 +179,4 @@ def _validate(trainer: L.Trainer) -> None:
     trainer.training, connector._first_loop_iter = True, first_loop_iter
     for count, completed in zip(counts, before, strict=True):
         count.completed = completed
+    trainer.fit_loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from fm_stages.data import TrainingData
 from fm_stages.training.alerts import alert
+from fm_stages.training.checkpoint_files import LAST
 from fm_stages.training.checkpoints import Checkpoints
-from fm_stages.training.continuity import logged_so_far
+from fm_stages.training.continuity import id_of, logged_so_far
 from fm_stages.training.flight import FOLDER, Flight, gather, plain, write_record
 from fm_stages.training.loggers import is_trial, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
-from fm_stages.training.resume import LAST
 from fm_stages.training.rewinding import Rewind, find_good, write_rewound
 from fm_stages.training.spikes import MIN_VALUES, SpikeDetector
 from fm_stages.training.step_numbers import measure_step
@@ -238,7 +238,9 @@ class Guards(L.Callback):
         assert checkpoints is not None
         checkpoints.settle(trainer)
         # rank 0 says whether there is one: the others may see its folder late
-        good = None if not trainer.is_global_zero else find_good(_folder(checkpoints), trainer.global_step)
+        good = (
+            None if not trainer.is_global_zero else find_good(_folder(checkpoints), trainer.global_step, id_of(trainer))
+        )
         self._good = trainer.strategy.broadcast(good)
         if self._good is None:
             return "stop", f"There is no checkpoint from before step {trainer.global_step} to go back to."

@@ -20,6 +20,10 @@ class MetricsTable(CSVLogger):
     A fresh start begins a folder of its own, ``version_0``, ``version_1``, ..., unless ``version`` names one.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._named = self._version is not None
+
     @property
     @rank_zero_experiment
     def experiment(self) -> _Rows:
@@ -28,21 +32,26 @@ class MetricsTable(CSVLogger):
             self._experiment = _Rows(self)
         return self._experiment
 
-    def go_on(self) -> None:
-        """Use the newest version there is, rather than the next one; before anything is written."""
-        if self._version is None or not Path(self.log_dir).exists():  # Lightning may have asked for the next one
-            self._version = max(self._get_next_version() - 1, 0)
-
-    @property
-    def num_rows(self) -> int:
-        """So far, after writing them all; on rank 0."""
+    def place(self) -> dict[str, Any]:
+        """The version, and how many rows it has so far, after writing them all; on rank 0."""
         self.save()
         rows: Any = self.experiment
-        return rows.num_rows if isinstance(rows, _Rows) else 0  # a table that failed has none
+        return {"version": self.version, "num_rows": rows.num_rows if isinstance(rows, _Rows) else 0}  # it may fail
 
-    def cut(self, num_rows: int) -> None:
-        """Forget what was logged after so many rows; on rank 0."""
-        self.experiment.cut(num_rows)
+    def go_on(self, place: dict[str, Any]) -> None:
+        """Go on from `place`, and forget what was logged after it; before anything is written, on rank 0.
+
+        Where that table is not there, or another version was asked for, a new one is begun.
+        """
+        version = place["version"]
+        if (self._named and self._version != version) or not self._file_of(version).is_file():
+            return
+        self._version = version
+        self.experiment.cut(place["num_rows"])
+
+    def _file_of(self, version: int | str) -> Path:
+        folder = version if isinstance(version, str) else f"version_{version}"
+        return Path(self.root_dir) / folder / ExperimentWriter.NAME_METRICS_FILE
 
 
 class _Rows(ExperimentWriter):

@@ -9,18 +9,17 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.training.checkpoint_files import check_sums, resumable_step, whole_checkpoints
-
-LAST = "last.ckpt"
+from fm_stages.training.checkpoint_files import LAST, check_sums, resumable_step, whole_checkpoints
 
 
-def find_last(folder: str) -> str | None:
+def find_last(folder: str, run_id: str | None = None) -> str | None:
     """The checkpoint that a run goes on from: last.ckpt, or else the newest that is whole.
 
     A line says which was passed over and why; or that there is none yet.
 
     Args:
         folder: of a run's checkpoints.
+        run_id: of the run; checkpoints of others in the folder are passed over.
 
     Returns:
         Its path; None where no checkpoint was ever written.
@@ -36,7 +35,7 @@ def find_last(folder: str) -> str | None:
         return str(last)
     except (OSError, ValueError) as error:
         passed_over[last] = str(error)
-    step, file = next(whole_checkpoints(Path(folder), passed_over=passed_over), (0, None))
+    step, file = next(whole_checkpoints(Path(folder), run_id=run_id, passed_over=passed_over), (0, None))
     found = [path for path in passed_over if path.exists()]
     if file is None and not found:
         rank_zero_info(f"There is no {last} yet: the run starts at step 0.")

@@ -14,9 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fm_stages.data import TrainingData
-from fm_stages.training.checkpoint_files import WholeFiles, whole_checkpoints
-from fm_stages.training.continuity import KEY
-from fm_stages.training.resume import LAST
+from fm_stages.training.checkpoint_files import CONTINUITY, LAST, WholeFiles, whole_checkpoints
 
 
 class Rewind(Exception):  # noqa: N818 - it is no error: `fit_with_rewinds` goes on
@@ -43,17 +41,17 @@ def fit_with_rewinds(trainer: L.Trainer, **arguments: Any) -> None:
                 callback._last_global_step_saved = 0  # else steps that were saved before would not be saved again
 
 
-def find_before(folder: Path, step: int) -> Path | None:
-    """The newest whole checkpoint in a folder that is not later than a step."""
-    return next((file for _, file in whole_checkpoints(folder, step)), None)
+def find_before(folder: Path, step: int, run_id: str | None = None) -> Path | None:
+    """The newest whole checkpoint in a folder that is not later than a step, of a run if it is named."""
+    return next((file for _, file in whole_checkpoints(folder, step, run_id)), None)
 
 
-def find_good(folder: Path, step: int) -> Path | None:
+def find_good(folder: Path, step: int, run_id: str | None = None) -> Path | None:
     """Where to go back to from a step: to weights that have been through a step since, or else to its own.
 
     What is wrong at a step may be wrong with the weights that it began with.
     """
-    return find_before(folder, step - 1) or find_before(folder, step)
+    return find_before(folder, step - 1, run_id) or find_before(folder, step, run_id)
 
 
 def write_rewound(
@@ -75,6 +73,6 @@ def write_rewound(
     data.pass_over(checkpoint)
     callbacks = checkpoint.setdefault("callbacks", {})
     callbacks[state_key] = {**callbacks.get(state_key, {}), **state}
-    if KEY in checkpoint:
-        checkpoint[KEY].update(logged)
+    if CONTINUITY in checkpoint:
+        checkpoint[CONTINUITY].update(logged)
     WholeFiles().save_checkpoint(checkpoint, folder / LAST)

@@ -106,7 +106,7 @@ def verify_resume(build: Callable[[Path], Trial], start: Trial, num_steps: int, 
         )
     rank_zero_info(f"Verifying the resume: steps {begin} to {end}, then the same again from a checkpoint of {begin}.")
     shared = random_state(torch.device("cpu"))
-    file = folder / "replayed.ckpt"
+    file = folder / "checkpoints/replayed.ckpt"  # among those of the trials: they go on with their tables
     _remove(folder)
     trial = build(folder)
     trial.module.load_state_dict(start.module.state_dict())

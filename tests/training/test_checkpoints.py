@@ -180,13 +180,20 @@ class TestFiles:
             "oracle/b.csv.9000099.part",
             "checkpoints/last.ckpt.9000007.part",
             "film.part",
+            "film.001.part",
+            "others/a.csv.123.part",
             "x.1.parts",
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("not all of")
         with contextlib.suppress(NotADirectoryError, ValueError):
             rising(1)
-        assert sorted(file.name for file in folder.rglob("*.part*")) == ["film.part", "x.1.parts"]
+        assert sorted(file.name for file in folder.rglob("*.part*")) == [
+            "a.csv.123.part",
+            "film.001.part",
+            "film.part",
+            "x.1.parts",
+        ]
 
     def test_the_last_one_is_whole_until_the_next_one_is(self, rising, tmp_path, monkeypatch):
         folder = tmp_path / "run/checkpoints"

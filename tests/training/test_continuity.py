@@ -186,25 +186,25 @@ class TestMetricsTable:
         table = MetricsTable(tmp_path, name="")
         for step in range(3):
             table.log_metrics({"a": step / 3}, step)
-        assert table.num_rows == 3
+        place = table.place()
+        assert place == {"version": 0, "num_rows": 3}
         before = (tmp_path / "version_0/metrics.csv").read_bytes()
         table.log_metrics({"a": 1.0, "later": 2.0}, 3)
         table.save()
         with (tmp_path / "version_0/metrics.csv").open("ab") as file:
             file.write(b"0.25")
         again = MetricsTable(tmp_path, name="")
-        again.go_on()
-        again.cut(3)
+        again.go_on(place)
         assert (tmp_path / "version_0/metrics.csv").read_bytes() == before
         again.log_metrics({"b": 5.0}, 3)
-        assert again.num_rows == 4
+        assert again.place() == {"version": 0, "num_rows": 4}
         assert (tmp_path / "version_0/metrics.csv").read_text().splitlines()[-1] == ",5.0,3"
 
     def test_after_a_full_disk_the_rows_are_whole(self, tmp_path, monkeypatch):
         """Half a row reached the file; what comes later follows on the last whole one, and nothing is lost or twice."""
         table = MetricsTable(tmp_path, name="")
         table.log_metrics({"a": 1.0}, 0)
-        assert table.num_rows == 1
+        assert table.place()["num_rows"] == 1
 
         def full(writer, rows) -> None:
             writer.writer.writerow([0.5])
@@ -216,8 +216,30 @@ class TestMetricsTable:
             with pytest.raises(OSError, match="No space"):
                 table.save()
         table.log_metrics({"a": 3.0}, 2)
-        assert table.num_rows == 3
+        assert table.place()["num_rows"] == 3
         assert (tmp_path / "version_0/metrics.csv").read_text() == "a,step\n1.0,0\n2.0,1\n3.0,2\n"
+
+    def test_a_table_that_the_checkpoint_does_not_know_stays_as_it_is(self, fit, tmp_path):
+        """Of a run that logged nothing for a while, or was begun by a version that kept no place."""
+        fit("run", 5, max_steps=6)
+        table = tmp_path / "run/version_0/metrics.csv"
+        before, last = table.read_bytes(), tmp_path / "run/checkpoints/last.ckpt"
+        checkpoint = torch.load(last)
+        for continuity in ({**checkpoint["continuity"], "tables": []}, None):
+            torch.save({**checkpoint, "continuity": continuity}, last)
+            fit("run", 5, max_steps=8, ckpt_path=last)
+            assert table.read_bytes() == before
+        assert {folder.name for folder in (tmp_path / "run").glob("version_*")} == {f"version_{i}" for i in range(3)}
+
+    def test_another_version_that_is_asked_for_is_begun(self, tmp_path):
+        table = MetricsTable(tmp_path, name="")
+        table.log_metrics({"a": 1.0}, 0)
+        place = table.place()
+        other = MetricsTable(tmp_path, name="", version="mine")
+        other.go_on(place)
+        other.log_metrics({"a": 2.0}, 1)
+        assert other.place() == {"version": "mine", "num_rows": 1}
+        assert (tmp_path / "version_0/metrics.csv").read_text() == "a,step\n1.0,0\n"
 
     def test_a_fresh_start_leaves_the_table_of_the_run_before(self, tmp_path):
         for version in range(2):
