@@ -227,6 +227,15 @@ class TestCheckpoints:
         assert [line["step"] for line in metrics() if "train/loss" in line] == [0, 1, 2, 3]
         assert "training, navigation" in done.out
 
+    def test_a_state_that_lightning_cannot_read_is_blamed_on_the_file(self, trained, command, tmp_path):
+        checkpoint = torch.load(trained.last, weights_only=True)
+        checkpoint["loops"]["fit_loop"]["epoch_progress"] = 7
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
+        done = command("fit", "--config", DIGITS, *TINY, "--trainer.logger=false", "--ckpt_path=damaged.ckpt")
+        assert done.status == 2
+        assert "damaged.ckpt holds a state that cannot be gone on from (" in done.err.splitlines()[-1]
+        assert "Traceback" not in done.err
+
     def test_a_job_that_is_started_again(self, fit, command, trained, quick_figures, monkeypatch, caplog):
         """One command each time: it begins with weights from elsewhere, is stopped, and goes on with its own."""
         again = (f"--init-from={trained.last}", "--ckpt_path=last")

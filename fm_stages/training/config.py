@@ -37,7 +37,7 @@ from fm_stages.training.network_size import check_network
 from fm_stages.training.patience import finish_loggers, make_patient
 from fm_stages.training.preemption import Preemption, listening
 from fm_stages.training.progress import StepProgressBar
-from fm_stages.training.resume import LAST, SameStart, find_last
+from fm_stages.training.resume import LAST, SameStart, blaming, find_last
 from fm_stages.training.rewinding import fit_with_rewinds
 from fm_stages.training.run_ids import keep_id, kept_id, name_at_wandb, new_id
 from fm_stages.training.samples import SampleGrid
@@ -300,7 +300,7 @@ class TrainingCLI(LightningCLI):
             verify_resume(self._trial, run, num_steps, arguments.get("ckpt_path"))
         status = 1
         try:
-            with listening(self.trainer):
+            with listening(self.trainer), blaming(arguments.get("ckpt_path")):
                 fit_with_rewinds(self.trainer, **arguments)
             status = 0
         except SystemExit as end:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,26 @@ def find_last(folder: str, run_id: str | None = None) -> str | None:
         raise ValueError(f"no checkpoint in {folder} can be gone on from ({why}): remove them to start anew")
     rank_zero_info(f"Going on from {file}, of step {step}, and not from {why}.")
     return str(file)
+
+
+@contextmanager
+def blaming(checkpoint: str | Path | None) -> Iterator[None]:
+    """Name the checkpoint where Lightning cannot make sense of a state in it.
+
+    Raises:
+        ValueError: in the place of what Lightning raised; what this package says of a checkpoint stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        restoring = any(Path(code.co_filename).name == "checkpoint_connector.py" for code in frames)
+        ours = Path(frames[-1].co_filename).is_relative_to(Path(__file__).parents[1])
+        if checkpoint is None or not restoring or ours:
+            raise
+        raise ValueError(
+            f"{checkpoint} holds a state that cannot be gone on from ({type(error).__name__}: {error})"
+        ) from error
 
 
 class SameStart(L.Callback):
