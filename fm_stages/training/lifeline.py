@@ -61,6 +61,7 @@ class Lifeline(L.Callback):
         self.cause = ""
         self._heard = threading.Event()
         self._ending = threading.Event()
+        self._closed = threading.Event()
         self._peers: dict[socket.socket, str] = {}
         self._server: socket.socket | None = None
         self._token = b""
@@ -79,7 +80,7 @@ class Lifeline(L.Callback):
         offer = 0, b"", ""
         if self._rank == 0:
             self._server = _listen()
-            self._token = secrets.token_bytes(TOKEN_BYTES)
+            self._token = secrets.token_hex(TOKEN_BYTES // 2).encode()  # no byte of it ends a line
             offer = self._server.getsockname()[1], self._token, _name(0)
         port, token, name = trainer.strategy.broadcast(offer)
         if self._rank > 0:
@@ -118,6 +119,7 @@ class Lifeline(L.Callback):
 
     def close(self, word: str = "") -> None:
         """Say a last word to all, and hang up."""
+        self._closed.set()
         peers, self._peers = self._peers, {}
         for peer in peers:
             _say(peer, word)
@@ -143,7 +145,7 @@ class Lifeline(L.Callback):
                     else:
                         selector.unregister(source)
                         self.cause = self.cause or self._last_word(source)
-                if self._ending.is_set():
+                if self._closed.is_set():  # and no sooner: a collective may fail before the last word is here
                     break
         if not self.cause:
             return

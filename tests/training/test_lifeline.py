@@ -5,8 +5,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,8 +46,22 @@ def test_the_others_end_with_the_words_of_the_one_that_died(tmp_path, launcher, 
     word = {"raise": "OverflowError: the planted error", "worker": "DataLoader worker"}.get(how, "without a word")
     assert re.search(rf"fm-stages: rank {rank} \(.*\) ended with.*{word}", said) or word in said, said[-3000:]
     assert "peer" not in said, said[-3000:]  # no traceback of a connection that is gone
-    assert (tmp_path / "run/checkpoints/last.ckpt").exists()
+    if rank > 0:  # rank 0 may die before it has written any
+        assert (tmp_path / "run/checkpoints/last.ckpt").exists()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_token_is_one_word_of_a_line(monkeypatch):
+    """A byte of it that ended a line made a rank in eight a stranger."""
+    monkeypatch.setattr("secrets.token_bytes", lambda num: b"\n" * num)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    line = Lifeline()
+    broadcast = SimpleNamespace(broadcast=lambda offer: offer)
+    line.setup(SimpleNamespace(world_size=2, global_rank=0, strategy=broadcast), None, "fit")
+    with socket.create_connection(("127.0.0.1", line._server.getsockname()[1])) as peer:
+        peer.sendall(line._token + b"rank 1 (here)\n")
+        assert line._welcome() is not None
+    line.close()
 
 
 def test_who_does_not_know_the_token_is_not_listened_to():
