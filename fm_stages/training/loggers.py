@@ -29,8 +29,13 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is a fast_dev_run, which must not write over a real run's files."""
-    return bool(vars(trainer).get("fast_dev_run"))
+    """Whether this is a fast_dev_run or a rehearsal, which must not write over a real run's files."""
+    return bool(vars(trainer).get("fast_dev_run") or vars(trainer).get("is_rehearsal"))
+
+
+def mark_as_trial(trainer: L.Trainer) -> None:
+    """Let a run write neither checkpoints nor figures, and no record of anything."""
+    vars(trainer)["is_rehearsal"] = True
 
 
 def current_step(trainer: L.Trainer) -> int:

@@ -150,10 +150,9 @@ class Preemption(Checkpoint):
                 self._marker(trainer).write_text(text)
         # nobody leaves, and has the others killed, before that is written
         interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted is not None, all=False)
-        rank_zero_info(
-            f"\n{self._received or 'A signal to another rank'}: stopped after step {self._step}. The same command with "
-            f"--ckpt_path last goes on from {self._checkpoints.last_model_path}."
-        )
+        last = self._checkpoints.last_model_path  # of a trial there is none
+        rest = "" if is_trial(trainer) else f" The same command with --ckpt_path last goes on from {last}."
+        rank_zero_info(f"\n{self._received or 'A signal to another rank'}: stopped after step {self._step}.{rest}")
         raise Preempted(interrupted)
 
     def listen(self) -> None:

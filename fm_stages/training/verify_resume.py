@@ -2,7 +2,8 @@
 
 A trial goes K steps, writes a checkpoint and goes K steps more. Another one, built afresh as a start of the command
 builds it, goes on from that file for K steps. Both must see the same data, draw the same and end in the same state, on
-every rank, to the last bit. What either writes lies in a folder of its own, which is removed, and nothing is logged.
+every rank, to the last bit. What either writes lies in a folder of its own, which is removed however it ends, and
+nothing is logged.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import csv
 import gc
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fm_stages.oracle import together
+from fm_stages.oracle import gather_objects, together
 from fm_stages.training.continuity import random_state, set_random_state, tables
+from fm_stages.training.loggers import mark_as_trial
+from fm_stages.training.preemption import Preempted
 
-FOLDER = "verify_resume"
-"""In the run's folder, while the rehearsal goes on."""
+FOLDER = ".verify_resume_"
+"""Begins the name of a folder in the run's, while the rehearsal goes on."""
 
 WALL_CLOCK = ("speed/", "oracle/share")
 """Beginnings of names of logged numbers that say how fast it went."""
@@ -61,6 +67,8 @@ class Replay(Checkpoint):
         self.begin, self.end, self.save = begin, end, save
         self.seen: dict[str, str] = {}
         """Hashes by what they are of, in the order of time."""
+        self.lines: dict[str, str] = {}
+        """Logged values, by line and name."""
         self._micro_batch = 0
 
     def on_train_batch_end(
@@ -96,8 +104,9 @@ def verify_resume(build: Callable[[Path], Trial], start: Trial, num_steps: int, 
     Raises:
         ValueError: naming what differs first; or if the run is too short.
     """
-    folder = Path(start.trainer.default_root_dir) / FOLDER
-    first = 0 if begun_from is None else int(torch.load(begun_from, weights_only=True, mmap=True)["global_step"])
+    group = _meet(start)
+    with together(group):
+        first = 0 if begun_from is None else int(torch.load(begun_from, weights_only=True, mmap=True)["global_step"])
     begin, end = first + num_steps, first + 2 * num_steps
     if 0 < start.trainer.max_steps < end:
         raise ValueError(
@@ -105,41 +114,80 @@ def verify_resume(build: Callable[[Path], Trial], start: Trial, num_steps: int, 
             f"trainer.max_steps={start.trainer.max_steps}: choose fewer"
         )
     rank_zero_info(f"Verifying the resume: steps {begin} to {end}, then the same again from a checkpoint of {begin}.")
-    shared = random_state(torch.device("cpu"))
-    file = folder / "checkpoints/replayed.ckpt"  # among those of the trials: they go on with their tables
-    _remove(folder)
-    trial = build(folder)
-    trial.module.load_state_dict(start.module.state_dict())
-    expected, lines = _go(trial, Replay(begin, end, file), begun_from)
-    del trial
-    gc.collect()  # two networks need not be in memory
-    trial = build(folder)
-    found, again = _go(trial, Replay(begin, end), str(file))
-    ranks = trial.trainer.world_size
-    set_random_state(shared, torch.device("cpu"))
-    with together(torch.distributed.group.WORLD if ranks > 1 else None):
-        difference = next(_differences({**expected, **lines}, {**found, **again}), None)
-        if difference:
-            raise ValueError(
-                f"--verify-resume: {num_steps} steps from a checkpoint of step {begin} are others than those of the "
-                f"run that wrote it. First of what differs: {difference}"
-            )
-    _remove(folder)
+    device = start.trainer.strategy.root_device
+    shared = random_state(device)
+    with _own_folder(start.trainer, group) as folder:
+        file = folder / "checkpoints/replayed.ckpt"  # among those of the trials: they go on with their tables
+        with together(group):
+            trial = build(folder)
+            trial.module.load_state_dict(start.module.state_dict())
+        expected = _go(trial, Replay(begin, end, file), begun_from, group)
+        del trial
+        gc.collect()  # two networks need not be in memory
+        with together(group):
+            trial = build(folder)
+        found = _go(trial, Replay(begin, end), str(file), group)
+        with together(group):
+            difference = next(_differences(expected.seen | expected.lines, found.seen | found.lines), None)
+            if difference:
+                raise ValueError(
+                    f"--verify-resume: {num_steps} steps from a checkpoint of step {begin} are others than those of "
+                    f"the run that wrote it. First of what differs: {difference}"
+                )
+    set_random_state(shared, device)
+    ranks = start.trainer.world_size
     rank_zero_info(
         f"Resume verified: {num_steps} steps from the checkpoint of step {begin}, made again by a fresh start from its "
         f"file, are the same to the last bit on {ranks} rank{'s' * (ranks > 1)}: data, draws and losses, "
-        f"{len(found)} hashes of them, of weights, optimizer and callbacks; {len(again)} lines of logged numbers."
+        f"{len(found.seen)} hashes of them, of weights, optimizer and callbacks; {len(found.lines)} lines of logged "
+        "numbers."
     )
 
 
-def _go(trial: Trial, replay: Replay, ckpt_path: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Let a trial run; what was seen, and the lines that were logged by name."""
+def _meet(start: Trial) -> dist.ProcessGroup | None:
+    """Start the other ranks, where Lightning does that, and let all meet, which a fit would do otherwise."""
+    trainer, strategy = start.trainer, start.trainer.strategy
+    strategy.connect(start.module)
+    if strategy.launcher is None:
+        strategy.setup_environment()
+    else:
+        strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+    return dist.group.WORLD if trainer.world_size > 1 else None
+
+
+@contextmanager
+def _own_folder(trainer: L.Trainer, group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """A new folder in the run's, the same on all ranks, of which nothing stays."""
+    run, own, is_new = Path(trainer.default_root_dir), "", False
+    try:
+        with together(group):
+            if trainer.is_global_zero:
+                is_new = not run.exists()
+                run.mkdir(parents=True, exist_ok=True)
+                own = tempfile.mkdtemp(prefix=FOLDER, dir=run)
+        yield Path(gather_objects(own, group)[0])
+    finally:
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # somebody has put something there
+                run.rmdir()
+
+
+def _go(trial: Trial, replay: Replay, ckpt_path: str | None, group: dist.ProcessGroup | None) -> Replay:
+    """Let a trial run and see what it does."""
     trainer: Any = trial.trainer
     trainer.callbacks.append(replay)
+    mark_as_trial(trainer)
     try:
         trainer.fit(trial.module, datamodule=trial.data, ckpt_path=ckpt_path)
     except Verified:
-        return replay.seen, _logged(trainer)
+        with together(group):
+            replay.lines = _logged(trainer)
+        return replay
+    except Preempted:
+        rank_zero_info("Stopped in the rehearsal; nothing was begun.")
+        raise
     raise ValueError(
         f"--verify-resume: the run ended at step {trainer.global_step}, before the rehearsal: choose fewer"
     )
@@ -184,10 +232,11 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def _logged(trainer: L.Trainer) -> dict[str, str]:
-    """The lines of the trial's table, but for the clock."""
+    """The lines of the trial's table, but for the clock; before the first one there is no file."""
     lines = {}
-    for table in tables(trainer):
-        with Path(table.experiment.metrics_file_path).open(newline="") as text:
+    files = [Path(table.experiment.metrics_file_path) for table in tables(trainer)]
+    for file in filter(Path.exists, files):
+        with file.open(newline="") as text:
             for number, row in enumerate(csv.DictReader(text)):
                 for name, value in row.items():
                     if value and not name.startswith(WALL_CLOCK):
@@ -204,8 +253,3 @@ def _differences(expected: dict[str, str], found: dict[str, str]) -> Iterator[st
             yield f"{name} (the other has {b if a is not None else 'none'} in its place)"
         elif expected[name] != found[name]:
             yield name
-
-
-@rank_zero_only
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -146,9 +147,16 @@ def rehearse(folder: Path, strategy: str, *planted: type[L.Callback]) -> str:
 
     try:
         verify_resume(again, again(folder), 3, None)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
     return "verified"
+
+
+def no_table(trainer: L.Trainer) -> list[MetricsTable]:
+    """What fails on rank 0, which alone has one."""
+    if trainer.is_global_zero:
+        raise OSError("the table is gone")
+    return []
 
 
 def main(folder: Path) -> dict[Any, Any]:
@@ -160,6 +168,12 @@ def main(folder: Path) -> dict[Any, Any]:
         seen[name, "parts"] = run(folder / name / "parts", make(), 2, last)
         seen[name, "rehearsal"] = rehearse(folder / name / "rehearsal", name)
     seen["forgetful"] = rehearse(folder / "forgetful", "ddp", Forgetful)
+    if dist.get_rank() == 0:
+        (folder / "file").touch()
+    dist.barrier()
+    seen["no folder"] = rehearse(folder / "file", "ddp")
+    with patch("fm_stages.training.verify_resume.tables", no_table):
+        seen["no table"] = rehearse(folder / "no table", "ddp")
     run(folder / "stopped", "ddp", 2, stop=STOP, micro=None)
     seen["from one"] = run(folder / "one", "ddp", 2, folder / "one/checkpoints/last.ckpt", micro=None)
     try:

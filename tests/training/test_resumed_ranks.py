@@ -100,6 +100,15 @@ def test_what_one_rank_loses_is_told_on_all(runs):
     assert first == f"rank 1 cannot go on: {second}"
 
 
+def test_what_fails_on_rank_0_alone_ends_the_rehearsal_on_all(runs):
+    folder, table = ([rank[name] for rank in runs.ranks] for name in ("no folder", "no table"))
+    assert "File exists" in folder[0]
+    assert folder[1] == f"rank 0 cannot go on: {folder[0]}"
+    assert table == ["the table is gone", "rank 0 cannot go on: the table is gone"]
+    assert not list(runs.folder.rglob(".verify_resume*"))
+    assert not (runs.folder / "no table").exists()
+
+
 def test_all_ranks_end_where_the_disk_is_full(runs):
     assert [rank["full"] for rank in runs.ranks] == [74, 74]
     assert not list(runs.folder.glob("full/checkpoints/*"))

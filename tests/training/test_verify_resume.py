@@ -1,5 +1,7 @@
 """--verify-resume: says that a run can be resumed where it can, and what a checkpoint lacks where it cannot."""
 
+import os
+import signal
 from pathlib import Path
 
 import lightning as L
@@ -7,7 +9,8 @@ import pytest
 import torch
 
 from fm_stages.training import Checkpoints, Continuity, MetricsTable, OracleMonitor
-from fm_stages.training.verify_resume import FOLDER, Trial, digest, verify_resume
+from fm_stages.training.preemption import Preempted, Preemption
+from fm_stages.training.verify_resume import Trial, digest, verify_resume
 
 
 class Forgetful(torch.nn.Module):
@@ -63,36 +66,49 @@ class Unkeyed(L.Callback):
 
 @pytest.fixture
 def rehearse(make_module, make_network, make_data, make_trainer, tmp_path, monkeypatch):
-    """The rehearsal of 4 steps, the first three in an epoch of their own, in two micro-batches each; what it tells."""
+    """The rehearsal of 4 steps, the first three in an epoch of their own, in two micro-batches each; what it tells.
 
-    def run(*callbacks, network=None, num_steps=4, max_steps=-1, begun_from=None) -> str:
+    However it ends, the run's folder holds what it held before.
+    """
+
+    def run(
+        *callbacks, network=None, num_steps=4, max_steps=-1, begun_from=None, monitor=True, told=None, **kwargs
+    ) -> str:
+        told = [] if told is None else told
+
         def build(folder: Path) -> Trial:
             made = [make() for make in callbacks]
-            monitor = [] if Unkeyed in callbacks else [OracleMonitor(every_n_steps=1, window=3)]
-            trainer = make_trainer(
-                max_steps,
-                callbacks=[*made, *monitor, Checkpoints(None, every_n_train_steps=3), Continuity()],
-                enable_checkpointing=True,
-                default_root_dir=folder,
-                logger=MetricsTable(folder, name=""),
-                limit_val_batches=None,
-                val_check_interval=3,
-                check_val_every_n_epoch=None,
-            )
+            measured = [OracleMonitor(every_n_steps=1, window=3)] if monitor and Unkeyed not in callbacks else []
+            checkpoints = Checkpoints(None, every_n_train_steps=3)
+            settings = {
+                "callbacks": [*made, *measured, checkpoints, Preemption(checkpoints), Continuity()],
+                "enable_checkpointing": True,
+                "default_root_dir": folder,
+                "logger": MetricsTable(folder, name=""),
+                "limit_val_batches": None,
+                "val_check_interval": 3,
+                "check_val_every_n_epoch": None,
+            }
+            trainer = make_trainer(max_steps, **{**settings, **kwargs})
             module = make_module(network() if network else None)
             return Trial(trainer, module, make_data(flip=True, micro_batch_size=10))
 
-        told: list[str] = []
         monkeypatch.setattr("fm_stages.training.verify_resume.rank_zero_info", told.append)
         start = build(tmp_path / "run")
         torch.rand(1)
         before = torch.get_rng_state()
         weights = {name: x.clone() for name, x in start.module.state_dict().items()}
-        verify_resume(build, start, num_steps, begun_from)
+        mine = tmp_path / "run/verify_resume/mine.txt"
+        mine.parent.mkdir(parents=True)
+        mine.write_text("not the rehearsal's")
+        try:
+            verify_resume(build, start, num_steps, begun_from)
+        finally:
+            assert [file for file in (tmp_path / "run").rglob("*") if file.is_file()] == [mine]
+            assert [folder.name for folder in (tmp_path / "run").iterdir()] == ["verify_resume"]
         assert all(torch.equal(x, weights[name]) for name, x in start.module.state_dict().items())
         assert start.trainer.global_step == 0
         assert torch.equal(torch.get_rng_state(), before)
-        assert not (tmp_path / "run" / FOLDER).exists()
         return told[-1]
 
     return run
@@ -100,6 +116,35 @@ def rehearse(make_module, make_network, make_data, make_trainer, tmp_path, monke
 
 def test_a_run_that_can_be_resumed(rehearse):
     assert "Resume verified: 4 steps from the checkpoint of step 4" in rehearse(lambda: Decay(keep=True))
+
+
+def test_before_a_line_is_logged(rehearse):
+    told = rehearse(lambda: Decay(keep=True), num_steps=2, log_every_n_steps=25, monitor=False, limit_val_batches=0)
+    assert "Resume verified: 2 steps from the checkpoint of step 2" in told
+    assert "; 0 lines of logged numbers" in told
+
+
+class Signal(L.Callback):
+    """One to this process, in the third step."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rehearsal_that_is_stopped_leaves_nothing(rehearse, monkeypatch, number):
+    told: list[str] = []
+    monkeypatch.setattr("fm_stages.training.preemption.rank_zero_info", told.append)
+    with pytest.raises(Preempted):
+        rehearse(lambda: Signal(number), told=told)
+    assert told[-2:] == [
+        f"\n{number.name}: stopped after step 3.",
+        "Stopped in the rehearsal; nothing was begun.",
+    ]
 
 
 @pytest.mark.parametrize(
