@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fm_stages.oracle import gather_objects, together
+from fm_stages.training.checkpoint_files import CONTINUITY
 from fm_stages.training.continuity import random_state, set_random_state, tables
 from fm_stages.training.loggers import mark_as_trial
 from fm_stages.training.preemption import Preempted
@@ -196,6 +197,8 @@ def _go(trial: Trial, replay: Replay, ckpt_path: str | None, group: dist.Process
 def states(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
     """Hashes of all that a checkpoint holds, by its place; and of this rank's own part of the weights."""
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    for name in ("run", "tables"):  # the id is rank 0's alone, and lines are compared by themselves
+        checkpoint.get(CONTINUITY, {}).pop(name, None)
     for name, tensor in trainer.lightning_module.state_dict().items():
         yield f"weights {name}", digest(tensor)
     for part, kind in PARTS.items():
