@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ NEEDED = ("pytorch-lightning_version", "global_step", "state_dict", "loops", "ca
 """What a checkpoint holds that a run can go on from; one of weights alone has no optimizer's state."""
 
 LAST = "last.ckpt"
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Kinds of values that say all of themselves in text."""
 
 CONTINUITY = "continuity"
 """Key of a checkpoint, under which it says of which run it is."""
@@ -42,7 +48,8 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         with whole_file(path) as part:
             try:
-                torch.save(checkpoint, part)
+                with checksums():
+                    torch.save(checkpoint, part)
             except RuntimeError as error:  # all that torch's writer says of a disk that is full
                 free = shutil.disk_usage(path.parent).free
                 raise OSError(f"it could not be written ({free / 1e9:.3g} GB are free there)") from error
@@ -50,6 +57,17 @@ class WholeFiles(TorchCheckpointIO):
             check_sums(part)
             check_content(part, checkpoint)
         sync_folder(path.parent)
+
+
+@contextmanager
+def checksums() -> Iterator[None]:
+    """Let `torch.save` write them, whatever is set for the process: what is read back is held against them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def send_to_disk(file: Path) -> None:
@@ -96,7 +114,7 @@ def check_content(file: Path, meant: dict[str, Any]) -> None:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds
-        strange = next(_strange(meant, ""), f"{type(error).__name__}")
+        strange = next(unreadable(meant), f"{type(error).__name__}")
         raise ValueError(f"it could not be read again: {strange}") from error
     if (place := next(_differences(meant, found, ""), None)) is not None:
         raise OSError(f"what was read back is not what was written, {place} first")
@@ -117,19 +135,42 @@ def _differences(meant: Any, found: Any, place: str) -> Iterator[str]:
     elif isinstance(meant, Tensor) and isinstance(found, Tensor):
         if (meant.shape, meant.dtype) != (found.shape, found.dtype):
             yield place
-    elif isinstance(meant, Tensor) or isinstance(found, Tensor) or repr(meant) != repr(found):  # NaN != NaN
+    elif _text(meant) != _text(found):
         yield place
 
 
-def _strange(tree: Any, place: str) -> Iterator[str]:
-    """What in a tree is neither a tensor nor plain."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is not None:
-        for key, value in items:
-            yield from _strange(value, f"{place}/{key}")
-    elif not isinstance(tree, Tensor | str | bytes | None) and type(tree) not in (bool, int, float, complex):
+def _text(leaf: Any) -> Any:
+    """What tells a plain value from others, of which NaN is one; of anything else only its kind is compared."""
+    if type(leaf) in PLAIN:
+        return repr(leaf)
+    return sorted(str(_text(x)) for x in leaf) if isinstance(leaf, set | frozenset) else str(type(leaf))
+
+
+def unreadable(tree: Any, place: str = "") -> Iterator[str]:
+    """What in a tree could not be read back from a file without running code, with its place and kind."""
+    if type(tree) in (dict, OrderedDict):
+        items = [(key, value) for key, value in tree.items()] + [(f"{key!r}, a key,", key) for key in tree]
+    elif type(tree) in (list, tuple, set):
+        items = list(enumerate(tree))
+    elif isinstance(tree, Tensor) or type(tree) in PLAIN or _can_be_read(tree):
+        return
+    else:
         kind = f"{type(tree).__module__}.{type(tree).__qualname__}"
         yield f"{place} is a {kind}: keep tensors, numbers, text, lists and dicts in a state"
+        return
+    for key, value in items:
+        yield from unreadable(value, f"{place}/{key}")
+
+
+def _can_be_read(value: Any) -> bool:
+    """By trying: people may register classes with `torch.serialization.add_safe_globals`."""
+    try:
+        torch.save(value, file := io.BytesIO())
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # torch and pickle raise many kinds
+        return False
+    return True
 
 
 def resumable_step(file: Path, run_id: str | None = None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fm_stages.data import load_tensors, read_yaml, remove_parts
 from fm_stages.training.background import Writer
-from fm_stages.training.checkpoint_files import WholeFiles, check_sums
+from fm_stages.training.checkpoint_files import WholeFiles, check_sums, unreadable
 from fm_stages.training.loggers import is_trial, run_folder
 
 CONFIG_KEY = "fm_stages_config"
@@ -52,7 +52,8 @@ class Checkpoints(ModelCheckpoint):
     Args:
         monitor: number that decides which is best; the smallest is.
         save_top_k: how many of the best to keep.
-        every_n_train_steps: steps between checkpoints; None = at each validation.
+        every_n_train_steps: steps between checkpoints; None = at each validation, or in a run without any as often
+            as it would be validated.
         dirpath: the folder, if another one.
     """
 
@@ -74,7 +75,7 @@ class Checkpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        self._step = 0
+        self._step = self._interval = 0
         self._written: int | None = None
         self._writer: Writer | None = None
         self._writing = False  # the same on all ranks; only rank 0 has something to write
@@ -95,15 +96,25 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(state_dict)
         self.current_score = state_dict.get("current_score")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove what a run before this one was writing when it was killed."""
-        super().on_train_start(trainer, pl_module)
-        self._step = trainer.global_step
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove what a run before this one was writing when it was killed; nobody is writing yet."""
         if trainer.is_global_zero and not is_trial(trainer):
             # and nowhere else: the run's folder may be one in which other people's runs and files lie
             written_to = (folder for name in WRITTEN_TO for folder in run_folder(trainer).glob(name))
             for folder in (Path(str(self.dirpath)), run_folder(trainer), *written_to):
                 remove_parts(folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse now what the first checkpoint would end the run for, maybe hours later.
+
+        Raises:
+            ValueError: on every rank, naming a state that could not be read back.
+        """
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
+        self._interval = self._every_n_train_steps or _interval_without_validation(trainer)
+        if found := trainer.strategy.broadcast(next(unreadable(_small_states(trainer)), "")):
+            raise ValueError(f"a checkpoint of this run could not be read again: {found}")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """While a file is being written, ask whether it is there."""
@@ -124,7 +135,7 @@ class Checkpoints(ModelCheckpoint):
         if trainer.global_step == self._step:
             return  # gradients of a part of a batch are in no checkpoint
         self._step = trainer.global_step
-        every = self._every_n_train_steps
+        every = self._interval
         if not every or self._step % every or not _trains(trainer):
             return
         if self.monitor is None:
@@ -136,9 +147,9 @@ class Checkpoints(ModelCheckpoint):
         """Save the best while the number that tells them apart is fresh; without an interval, last.ckpt."""
         if not _trains(trainer):
             return
-        if self.monitor is not None or not self._every_n_train_steps:
+        if self.monitor is not None or not self._interval:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        if not self._every_n_train_steps and trainer.global_step != trainer.max_steps:
+        if not self._interval and trainer.global_step != trainer.max_steps:
             self.write_last(trainer, wait=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -219,6 +230,37 @@ class Checkpoints(ModelCheckpoint):
 def _trains(trainer: L.Trainer) -> bool:
     """Whether this is the training of a real run, and no sanity check."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking and not is_trial(trainer)
+
+
+def _interval_without_validation(trainer: L.Trainer) -> int:
+    """Steps between checkpoints where there is no validation to save at; 0: there is one, or nothing to go by."""
+    if trainer.enable_validation or not _trains(trainer):
+        return 0
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is not None:
+        rank_zero_info(
+            "Without a validation last.ckpt is written at the end alone: give --checkpoints.every_n_train_steps."
+        )
+        return 0
+    steps = max(interval // trainer.accumulate_grad_batches, 1)
+    rank_zero_info(
+        f"Without a validation last.ckpt is written every {steps} steps, of val_check_interval; "
+        "--checkpoints.every_n_train_steps gives another interval."
+    )
+    return steps
+
+
+def _small_states(trainer: L.Trainer) -> dict[str, Any]:
+    """What callbacks, module and data put into a checkpoint beside the weights; every rank calls this."""
+    states: dict[str, Any] = {
+        "callbacks": {c.state_key: c.state_dict() for c in trainer.callbacks},  # type: ignore[attr-defined]
+    }
+    if (data := getattr(trainer, "datamodule", None)) is not None:
+        states["data"] = data.state_dict()
+    for part in (trainer.lightning_module, data):
+        if part is not None and getattr(part, "hparams", None):
+            states[part.CHECKPOINT_HYPER_PARAMS_KEY] = dict(part.hparams)
+    return states
 
 
 def checkpoint_folder(run_folder: str) -> str:

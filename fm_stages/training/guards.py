@@ -8,6 +8,7 @@ follows is arithmetic of the host on two numbers that every rank has.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,10 +239,10 @@ class Guards(L.Callback):
         assert checkpoints is not None
         checkpoints.settle(trainer)
         # rank 0 says whether there is one: the others may see its folder late
-        good = (
-            None if not trainer.is_global_zero else find_good(_folder(checkpoints), trainer.global_step, id_of(trainer))
+        folder, run_id = _folder(checkpoints), id_of(trainer)
+        self._good = _on_rank_0(
+            trainer, "checkpoints could not be read", lambda: find_good(folder, trainer.global_step, run_id)
         )
-        self._good = trainer.strategy.broadcast(good)
         if self._good is None:
             return "stop", f"There is no checkpoint from before step {trainer.global_step} to go back to."
         return "rewind", f"Training goes back to {self._good.name}, and passes over the batches since."
@@ -251,16 +252,14 @@ class Guards(L.Callback):
         checkpoints, data = self._checkpoints(trainer), getattr(trainer, "datamodule", None)
         assert checkpoints is not None
         assert isinstance(data, TrainingData)
-        folder, failure = _folder(checkpoints), ""
-        if trainer.is_global_zero:
-            state = {"rewinds": self.rewinds + 1, "events": self.events, "num_in_a_row": 0}
-            assert self._good is not None
-            try:
-                write_rewound(self._good, folder, data, self.state_key, state, logged_so_far(trainer))
-            except OSError as error:
-                failure = str(error)
-        if failure := trainer.strategy.broadcast(failure):
-            raise ValueError(f"guards: the way back could not be written: {failure}")
+        good, folder = self._good, _folder(checkpoints)
+        assert good is not None
+        state = {"rewinds": self.rewinds + 1, "events": self.events, "num_in_a_row": 0}
+        _on_rank_0(
+            trainer,
+            "the way back could not be written",
+            lambda: write_rewound(good, folder, data, self.state_key, state, logged_so_far(trainer)),
+        )
         return folder / LAST
 
     def _whose(self, trainer: L.Trainer) -> str:
@@ -301,6 +300,24 @@ class Guards(L.Callback):
             self._spikes[name].values.extend(values)
         self.num_in_a_row, self.rewinds = state_dict["num_in_a_row"], state_dict["rewinds"]
         self.events = list(state_dict["events"])
+
+
+def _on_rank_0(trainer: L.Trainer, failed: str, work: Callable[[], Any]) -> Any:
+    """What comes of some work of rank 0, on all ranks, which wait for it.
+
+    Raises:
+        ValueError: on every rank, if it fails.
+    """
+    result, failure = None, ""
+    if trainer.is_global_zero:
+        try:
+            result = work()
+        except Exception as error:  # torch raises many kinds
+            failure = f"{failed}: {error}"
+    result, failure = trainer.strategy.broadcast((result, failure))
+    if failure:
+        raise ValueError(f"guards: {failure}")
+    return result
 
 
 def _folder(checkpoints: Checkpoints) -> Path:

@@ -1,14 +1,19 @@
 """Files of checkpoints: what is damaged is neither put into place nor gone on from, and the one before it stays."""
 
+import math
 import os
+import re
+from collections import OrderedDict, defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
 from fm_stages.training import Checkpoints, checkpoint_files, read_checkpoint
-from fm_stages.training.checkpoint_files import WholeFiles, check_content, check_sums
+from fm_stages.training.checkpoint_files import WholeFiles, check_content, check_sums, unreadable
 from fm_stages.training.checkpoints import NotSaved
 from fm_stages.training.resume import find_last
 from fm_stages.training.rewinding import find_before
@@ -193,14 +198,86 @@ class TestFindLast:
         assert find_before(folder, 2) is None
 
 
-def test_a_callback_with_a_state_that_cannot_be_read_ends_the_run_at_the_first_file(
-    make_module, make_data, make_trainer
+class Registered:
+    """Whose text holds its address, and which its owner lets torch read."""
+
+
+HARMLESS = {
+    "set": {"b", "a", 1.5, math.nan},
+    "registered": Registered(),
+    "ordered": OrderedDict(x=1),
+    "shape": torch.Size([2]),
+    "kind": torch.float16,
+}
+
+UNREADABLE = {
+    "numpy.float64": np.float64(1),
+    "numpy.ndarray": np.zeros(2),
+    "datetime.timedelta": timedelta(seconds=1),
+    "collections.defaultdict": defaultdict(list, a=[1]),
+    "pathlib.*Path": Path("x"),
+}
+
+
+def test_what_torch_reads_is_harmless(tmp_path):
+    with torch.serialization.safe_globals([Registered]):
+        meant = a_checkpoint(1, callbacks=HARMLESS)
+        assert not list(unreadable(meant))
+        WholeFiles().save_checkpoint(meant, tmp_path / "x.ckpt")
+        for name, value in (("set", {"b", "a", 1.5, 2.0}), ("registered", 1), ("kind", None)):
+            with pytest.raises(OSError, match=f"/callbacks/{name} first"):
+                check_content(tmp_path / "x.ckpt", a_checkpoint(1, callbacks={**HARMLESS, name: value}))
+    assert list(unreadable(HARMLESS)) == [
+        f"/registered is a {__name__}.Registered: keep tensors, numbers, text, lists and dicts in a state"
+    ]
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_torch_does_not_read_is_named(kind):
+    (line,) = unreadable({"a": [1, {"b": UNREADABLE[kind]}]})
+    assert re.match(f"/a/1/b is a {kind}: keep", line)
+
+
+def test_checksums_are_written_whatever_is_set(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        WholeFiles().save_checkpoint(a_checkpoint(1), tmp_path / "x.ckpt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "x.ckpt")["global_step"] == 1
+
+
+@pytest.mark.parametrize("place", ["callback", "module", "data"])
+def test_a_state_that_cannot_be_read_ends_the_run_before_its_first_step(
+    make_module, make_data, make_trainer, recorder, place
 ):
     class Mine(L.Callback):
         def state_dict(self) -> dict:
-            return {"file": Path("x")}
+            return {"file": Path("x") if place == "callback" else 1}
 
-    callbacks = [Mine(), Checkpoints(monitor=None, every_n_train_steps=1)]
-    with pytest.raises(NotSaved):
-        make_trainer(3, callbacks=callbacks, enable_checkpointing=True).fit(make_module(), datamodule=make_data())
-    assert not list(Path("checkpoints").iterdir())
+    module, data = make_module(), make_data()
+    if place == "module":
+        module.save_hyperparameters({"rate": np.float64(1)})
+    if place == "data":
+        data.save_hyperparameters({"root": Path("x")})
+    callbacks = [Mine(), recorder, Checkpoints(monitor=None, every_n_train_steps=1)]
+    names = {"callback": "/callbacks/.*Mine.*/file", "module": "/hyper_parameters/rate"}
+    with pytest.raises(ValueError, match=f"{names.get(place, '/datamodule_hyper_parameters/root')} is a "):
+        make_trainer(3, callbacks=callbacks, enable_checkpointing=True).fit(module, datamodule=data)
+    assert not recorder.steps
+
+
+@pytest.mark.parametrize("interval", [2, 4])
+def test_without_a_validation_its_interval_is_that_of_checkpoints(
+    make_module, make_data, make_trainer, monkeypatch, interval
+):
+    written: list[int] = []
+    told: list[str] = []
+    monkeypatch.setattr("fm_stages.training.checkpoints.rank_zero_info", told.append)
+    monkeypatch.setattr(Checkpoints, "write_last", lambda self, trainer, wait=True: written.append(trainer.global_step))
+    settings = {"enable_checkpointing": True, "val_check_interval": interval, "check_val_every_n_epoch": None}
+    trainer = make_trainer(5, callbacks=[Checkpoints()], accumulate_grad_batches=2, **settings)
+    trainer.fit(make_module(), datamodule=make_data())
+    assert written == [*range(interval // 2, 5, interval // 2), 5]
+    assert f"last.ckpt is written every {interval // 2} steps, of val_check_interval" in told[0]
