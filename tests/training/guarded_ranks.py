@@ -8,7 +8,9 @@ import math
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from fm_stages.data import Digits
 from fm_stages.networks import DiT
 from fm_stages.training import Checkpoints, FlowMatching, FSDP2Strategy, Guards, GuardStop, fit_with_rewinds
+from fm_stages.training import guards as guards_module
 
 RANK, STEPS, AT = int(os.environ["RANK"]), 5, 3
 STRATEGIES = {"ddp": lambda: "ddp", "fsdp": FSDP2Strategy}
@@ -84,6 +87,33 @@ def fit(folder: Path, strategy: str, *callbacks: L.Callback, ckpt_path: Path | N
     return whole.weights
 
 
+class Unreadable(L.Callback):
+    """A state that no file can hold, on rank 0 alone."""
+
+    def state_dict(self) -> dict:
+        return {"file": Path("x") if RANK == 0 else ""}
+
+
+def fail(*args: object) -> None:
+    raise RuntimeError(f"planted on rank {RANK}")
+
+
+def errors(folder: Path) -> dict[str, str]:
+    """What this rank says of what fails on rank 0."""
+    said = {}
+    for name, callbacks in {
+        "find_good": (Guards(nonfinite="rewind"), Spoil()),
+        "write_rewound": (Guards(nonfinite="rewind"), Spoil()),
+        "a state": (Unreadable(),),
+    }.items():
+        with patch.object(guards_module, name, fail) if callbacks[1:] else nullcontext():
+            try:
+                fit(folder / name, "ddp", *callbacks)
+            except ValueError as error:
+                said[name] = str(error)
+    return said
+
+
 def runs(folder: Path, strategy: str) -> dict:
     """Every policy, beside what it should give."""
     seen = {"plain": fit(folder / "plain", strategy)}
@@ -118,4 +148,5 @@ def runs(folder: Path, strategy: str) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    torch.save({name: runs(Path(sys.argv[1]) / name, name) for name in STRATEGIES}, f"rank{RANK}.pt")
+    seen = {name: runs(Path(sys.argv[1]) / name, name) for name in STRATEGIES}
+    torch.save({**seen, "errors": errors(Path(sys.argv[1]) / "errors")}, f"rank{RANK}.pt")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import lightning as L
@@ -388,3 +389,7 @@ def test_two_ranks(launch, tmp_path):
         assert {"record.json", "rank0.safetensors", "rank1.safetensors"} <= set(first["files"])
     for name, numbers in ranks[0]["ddp"]["numbers"].items():
         assert numbers == pytest.approx(ranks[0]["fsdp"]["numbers"][name], rel=1e-5)
+    for seen in (rank["errors"] for rank in ranks):
+        assert seen["find_good"] == "guards: checkpoints could not be read: planted on rank 0"
+        assert seen["write_rewound"] == "guards: the way back could not be written: planted on rank 0"
+        assert re.search(r"could not be read again: /callbacks/.*Unreadable.*/file is a pathlib", seen["a state"])
