@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := oracle oracle_gpu stages targets steering monitor lightning_overhead training_step scaling sampling encode latents neighbours
+BENCHMARKS := oracle oracle_gpu stages targets steering monitor lightning_overhead training_step scaling sampling encode latents neighbours checkpointing guards
 
 # `make install TORCH=2.11` takes that release in place of the pinned one, and later calls stay with it until
 # `make install TORCH=pinned`.
