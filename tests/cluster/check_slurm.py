@@ -12,6 +12,13 @@ from pathlib import Path
 
 from checks import OPTIONS, REPOSITORY, STEPS, check, check_same_end, finish, wait_for
 
+LOGGERS = "--trainer.logger=" + json.dumps(
+    [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": "."}}
+        for name in ("CSVLogger", "WandbLogger")
+    ]
+)
+
 
 def call(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -39,20 +46,25 @@ class Job:
     def log(self) -> str:
         return Path(f"fm-stages-{self.id}.out").read_text()
 
-    def logged_steps(self) -> list[list[int]]:
-        """Steps with a loss, of each start."""
-        files = sorted(self.run.glob("version_*/metrics.csv"))
-        tables = [list(csv.DictReader(file.open())) for file in files]
-        return [[int(row["step"]) for row in table if row.get("train/loss")] for table in tables]
+    @property
+    def run_id(self) -> str:
+        return (self.run / "run_id.txt").read_text().strip()
+
+    def logged_steps(self) -> list[int]:
+        """Steps with a loss, in the one table of all starts."""
+        (table,) = self.run.glob("version_*/metrics.csv")
+        with table.open(newline="") as file:
+            return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
 
 
-def check_continued(job: Job, whole: Job) -> None:
-    """The same weights as the uninterrupted run, and each step logged where it was made."""
+def check_continued(job: Job, whole: Job, run_id: str) -> None:
+    """The same weights as the uninterrupted run, and each step logged once; at wandb it is one run."""
     check_same_end(job.run, whole.run)
-    first, second = job.logged_steps()
-    check(f"it goes on after step {second[0]}", second[0] > 0 and second == list(range(second[0], STEPS)), second)
-    check("where the first start ended, at the signal", first == list(range(second[0])), first[-3:])
+    steps = job.logged_steps()
+    check("its table holds every step once", steps == list(range(STEPS)), steps[-3:])
     check("no run waits to be resumed", not (job.run / "preempted.txt").exists())
+    at_wandb = [folder.name.rpartition("-")[2] for folder in job.run.glob("wandb/offline-run-*")]
+    check("each start is the same run at wandb", at_wandb == [run_id] * 2 and job.run_id == run_id, at_wandb)
 
 
 def main() -> None:
@@ -61,31 +73,36 @@ def main() -> None:
     whole.wait_for_state("COMPLETED", "FAILED")
     check("the job completes", whole.field("JobState") == "COMPLETED", whole.log[-2000:])
     check("the first start says that there is nothing to go on from", whole.log.count("the run starts at step 0") == 1)
-    check("two tasks are two ranks of one run", "2 processes" in whole.log and len(whole.logged_steps()) == 1)
+    check(
+        "two tasks are two ranks of one run", "2 processes" in whole.log and whole.logged_steps() == list(range(STEPS))
+    )
 
     print("scancel --signal=USR1, as before the time limit")
     job = Job("signal")
     job.wait_for_checkpoint()
+    run_id = job.run_id
     call("scancel", "--signal=USR1", job.id)
     wait_for("the job to be requeued", lambda: job.field("Restarts") == "1")
     check("preempted.txt says that it waits", (job.run / "preempted.txt").exists())
     job.wait_for_state("COMPLETED", "FAILED", "CANCELLED")
     check("the job is requeued and completes", job.field("JobState") == "COMPLETED", job.log[-2000:])
-    check_continued(job, whole)
+    check_continued(job, whole, run_id)
 
     print("scontrol requeue, as when SLURM takes the nodes")
     job = Job("requeue")
     job.wait_for_checkpoint()
+    run_id = job.run_id
     call("scontrol", "requeue", job.id)
     wait_for("the job to be requeued", lambda: job.field("Restarts") == "1")
     job.wait_for_state("COMPLETED", "FAILED", "CANCELLED")
     check("the job completes", job.field("JobState") == "COMPLETED", job.log[-2000:])
     check("and was requeued once", job.field("Restarts") == "1", job.field("Restarts"))
-    check_continued(job, whole)
+    check_continued(job, whole, run_id)
 
     print("scancel, and the same submitted again")
     job = Job("cancel")
     job.wait_for_checkpoint()
+    run_id = job.run_id
     call("scancel", job.id)
     job.wait_for_state("CANCELLED", "COMPLETED", "FAILED")
     wait_for("its processes to end", lambda: "steps" not in call("squeue", "--noheader", "--format", "steps"))
@@ -93,7 +110,7 @@ def main() -> None:
     again = Job("cancel")
     again.wait_for_state("COMPLETED", "FAILED", "CANCELLED")
     check("the second job completes", again.field("JobState") == "COMPLETED", again.log[-2000:])
-    check_continued(again, whole)
+    check_continued(again, whole, run_id)
 
     print("A mistake")
     job = Job("mistake", "--data.init_args.batch_size=63")
