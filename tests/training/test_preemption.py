@@ -140,9 +140,9 @@ class TestInterrupt:
 def test_clocks_that_jump_do_not_matter(fit, monkeypatch):
     """Hours forth and back at each question, for whatever asks for the time of day."""
     real, calls = time.time, itertools.count()
-    monkeypatch.setattr(time, "time", lambda: real() + 36_000 * (-1) ** next(calls))
-    jumping = fit("jumping")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 36_000 * (-1) ** next(calls))
+        jumping = fit("jumping")
     assert all(torch.equal(x, jumping[name]) for name, x in fit("steady").items())
 
 
