@@ -30,7 +30,7 @@ class Job:
     def __init__(self, run: str, *options: str) -> None:
         self.run = Path(run)
         command = ["sbatch", "--parsable", "--ntasks-per-node", "2", f"{REPOSITORY}/configs/cluster/fit.sbatch"]
-        self.id = call(*command, *OPTIONS, f"--trainer.default_root_dir={run}", *options).strip()
+        self.id = call(*command, *OPTIONS, LOGGERS, f"--trainer.default_root_dir={run}", *options).strip()
         self.last = self.run / "checkpoints/last.ckpt"
 
     def field(self, name: str) -> str:
