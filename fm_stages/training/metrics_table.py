@@ -43,8 +43,8 @@ class MetricsTable(CSVLogger):
 
         Where that table is not there, or another version was asked for, a new one is begun.
         """
-        version = place["version"]
-        if (self._named and self._version != version) or not self._file_of(version).is_file():
+        version, is_there = place["version"], self._file_of(place["version"]).is_file()
+        if (self._named and self._version != version) or (place["num_rows"] and not is_there):
             return
         self._version = version
         self.experiment.cut(place["num_rows"])

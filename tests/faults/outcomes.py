@@ -18,8 +18,8 @@ WALL_CLOCK = {"time_elapsed", "train_sec", "seconds", "calls"}
 SPEED = ("oracle/share", "speed/")
 """Beginnings of columns that hold shares of seconds, or numbers per second."""
 
-# what a command says of its own calls, and reports whose text holds seconds
-UNLIKE = ("*.log", "log.txt", "report.md", "report.json", "progress.png", "differences.png")
+# what a command says of its own calls, reports whose text holds seconds, and the id of a run
+UNLIKE = ("run_id.txt", "*.log", "log.txt", "report.md", "report.json", "progress.png", "differences.png")
 
 
 def differences(expected: Path, found: Path, unlike: tuple[str, ...] = UNLIKE) -> list[str]:
@@ -45,7 +45,9 @@ def differences(expected: Path, found: Path, unlike: tuple[str, ...] = UNLIKE) -
 
 def _content(file: Path, folder: Path) -> Any:
     if file.suffix == ".ckpt":
-        return _plain(torch.load(file, map_location="cpu", weights_only=True), str(folder))
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint.get("continuity", {}).pop("run", None)  # the id of the run
+        return _plain(checkpoint, str(folder))
     raw = file.read_bytes().replace(str(folder).encode(), b"<folder>")
     if file.suffix == ".json":
         return _plain(json.loads(raw), str(folder))
