@@ -164,6 +164,7 @@ class Killing:
         command = self._start(attack.workload, place, attack.fresh)
         moment = time.monotonic() + after_sec
         while not command.ended:
+            command.end_others()  # to dump the stacks of a process may crash it: then the others would wait for it
             if time.monotonic() < moment - 0.01:
                 time.sleep(min(0.01, moment - time.monotonic()))
                 continue
