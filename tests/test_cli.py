@@ -508,6 +508,7 @@ MISTAKES = {
     "negative steps": ("arguments", ["--trainer.max_steps=-5"], "-5"),
     "negative seed": ("arguments", ["--seed_everything=-3"], "-3"),
     "validation never": ("arguments", ["--trainer.val_check_interval=0"], "val_check_interval"),
+    "a rehearsal of less than nothing": ("arguments", ["--verify-resume=-3"], "verify_resume.*-3"),
     "validation inside a step": (
         "arguments",
         ["--trainer.accumulate_grad_batches=3"],

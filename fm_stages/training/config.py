@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -196,7 +197,10 @@ class TrainingCLI(LightningCLI):
             "--init-from", type=str | None, default=None, help="start from a checkpoint's weights alone (fit only)"
         )
         parser.add_argument(
-            "--verify-resume", type=int, default=0, help="steps to rehearse a resume with before the run (fit only)"
+            "--verify-resume",
+            type=NonNegativeInt,
+            default=0,
+            help="steps to rehearse a resume with before the run; 0: none (fit only)",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
