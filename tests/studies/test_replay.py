@@ -118,7 +118,7 @@ class TestSpike:
         for file in [*run.glob("*.safetensors")]:  # as of a large network with large batches
             file.unlink()
         again = command("replay", "--record", run)
-        assert "checkpoints/step_0000001.ckpt, the step's own" in again.out
+        assert "checkpoints/last.ckpt, the step's own" in again.out
         assert again.out.splitlines()[2:] == told.out.splitlines()[2:]
 
 

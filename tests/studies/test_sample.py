@@ -297,16 +297,21 @@ def test_two_ranks_draw_what_one_draws(draw, ckpt, launch, tmp_path):
     assert (tmp_path / "two/grid.png").exists()
 
 
-def test_a_network_that_diverged_draws_no_files(command, write_checkpoint):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.nan, "final_layer.linear.bias first"), (3e38, "with these settings draws values that are not finite")],
+)
+def test_a_network_that_diverged_draws_no_files(command, write_checkpoint, value, message):
     path = write_checkpoint(Path("diverged.ckpt"))
     checkpoint = torch.load(path, weights_only=False)
     for name, weights in checkpoint["state_dict"].items():
         if name.endswith("final_layer.linear.bias"):
-            weights.fill_(torch.nan)
+            weights.fill_(value)
     torch.save(checkpoint, path)
     done = command("sample", "--ckpt", path, "--num", 3, "--out", "out", "--num_steps", STEPS)
     assert done.status == 2
-    assert "diverged.ckpt with these settings draws values that are not finite" in done.err
+    assert "diverged.ckpt" in done.err
+    assert message in done.err
     assert not list(Path("out").rglob("*.png"))
 
 

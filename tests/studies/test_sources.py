@@ -134,7 +134,7 @@ MISTAKES = {
     "misspelt argument": ("{class_path: Digits, init_args: {batch_siz: 3}}", {}, "'batch_siz' is not accepted"),
     "missing argument": ("ImageFolder", {}, "data_dir, image_size"),
     "no space": ("{class_path:Digits}", {}, "a space after each colon"),
-    "half a mapping": ("{class_path: Digits", {}, "flow mapping"),
+    "half a mapping": ("{class_path: Digits", {}, "not YAML, line 1"),
     "broken config": ("broken.yaml", {}, "expected ',' or ']'"),
     "config without data": ("no_data.yaml", {}, "says nothing about data"),
     "broken checkpoint": ("broken.ckpt", {}, "not a checkpoint"),
