@@ -46,9 +46,9 @@ def test_the_others_end_with_the_words_of_the_one_that_died(tmp_path, launcher, 
     word = {"raise": "OverflowError: the planted error", "worker": "DataLoader worker"}.get(how, "without a word")
     assert re.search(rf"fm-stages: rank {rank} \(.*\) ended with.*{word}", said) or word in said, said[-3000:]
     assert "peer" not in said, said[-3000:]  # no traceback of a connection that is gone
-    if rank > 0:  # rank 0 may die before it has written any
+    if rank > 0:  # rank 0 may die while it writes: the next start removes what is left of that
         assert (tmp_path / "run/checkpoints/last.ckpt").exists()
-    assert not list(tmp_path.rglob("*.part"))
+        assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_token_is_one_word_of_a_line(monkeypatch):
