@@ -1,7 +1,7 @@
 """Training: the LightningModule, its targets, the callbacks, and the command line that puts them together."""
 
 from fm_stages.training import flight
-from fm_stages.training.checkpoints import CONFIG_KEY, Checkpoints, init_from, network_weights, read_checkpoint
+from fm_stages.training.checkpoints import Checkpoints
 from fm_stages.training.checks import check_first_batch, check_num_rows
 from fm_stages.training.class_paths import ALLOWED_BY, allow_imports, explain, instantiate
 from fm_stages.training.config import SECTIONS, TrainingCLI, config_files
@@ -36,6 +36,7 @@ from fm_stages.training.targets import (
     TemperedTarget,
 )
 from fm_stages.training.throughput import Throughput
+from fm_stages.training.weights import CONFIG_KEY, init_from, network_weights, read_checkpoint
 
 __all__ = [
     "ALLOWED_BY",

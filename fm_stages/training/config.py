@@ -19,13 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.data import TrainingData, describe_shares, read_yaml_file, whole_file
-from fm_stages.training.checkpoints import (
-    CONFIG_KEY,
-    Checkpoints,
-    checkpoint_folder,
-    init_from,
-    read_checkpoint,
-)
+from fm_stages.training.checkpoints import Checkpoints, checkpoint_folder
 from fm_stages.training.class_paths import check_classes
 from fm_stages.training.continuity import Continuity, id_of, is_own
 from fm_stages.training.guards import Guards
@@ -46,6 +40,7 @@ from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
 from fm_stages.training.verify_resume import Trial, verify_resume
+from fm_stages.training.weights import CONFIG_KEY, init_from, read_checkpoint
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""

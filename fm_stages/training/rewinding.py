@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fm_stages.data import TrainingData
+from fm_stages.data import TrainingData, load_tensors
 from fm_stages.training.checkpoint_files import CONTINUITY, LAST, WholeFiles, whole_checkpoints
 
 
@@ -69,7 +68,7 @@ def write_rewound(
         state: numbers of the guards that replace the checkpoint's.
         logged: from `fm_stages.training.continuity.logged_so_far`: what was logged on the way stays in the tables.
     """
-    checkpoint = torch.load(good, map_location="cpu", weights_only=True)
+    checkpoint = load_tensors(good)
     data.pass_over(checkpoint)
     callbacks = checkpoint.setdefault("callbacks", {})
     callbacks[state_key] = {**callbacks.get(state_key, {}), **state}

@@ -30,3 +30,4 @@ def test_what_is_being_written_has_such_a_name(tmp_path):
 
 def test_no_folder_has_no_parts(tmp_path):
     remove_parts(tmp_path / "none")
+    assert not list(tmp_path.iterdir())

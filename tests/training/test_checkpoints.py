@@ -21,7 +21,7 @@ from fm_stages.training import (
     network_weights,
     read_checkpoint,
 )
-from fm_stages.training.checkpoints import LABEL_TABLE
+from fm_stages.training.weights import LABEL_TABLE
 
 
 def tensors(tree, name="") -> dict[str, torch.Tensor]:
