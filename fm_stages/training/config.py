@@ -12,35 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fm_stages.data import TrainingData, describe_shares, read_yaml_file, whole_file
+from fm_stages.data import TrainingData, describe_shares, read_yaml_file
 from fm_stages.training.checkpoints import Checkpoints, checkpoint_folder
 from fm_stages.training.class_paths import check_classes
-from fm_stages.training.continuity import Continuity, id_of, is_own
+from fm_stages.training.continuity import Continuity, is_own
 from fm_stages.training.guards import Guards
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.lifeline import Lifeline
-from fm_stages.training.loggers import choose_wandb_mode, run_folder, tell_lost_files
+from fm_stages.training.loggers import choose_wandb_mode, tell_lost_files
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor import OracleMonitor
 from fm_stages.training.network_size import check_network
 from fm_stages.training.patience import finish_loggers, make_patient
 from fm_stages.training.preemption import Preemption, listening
 from fm_stages.training.progress import StepProgressBar
-from fm_stages.training.resume import LAST, SameStart, blaming, find_last
+from fm_stages.training.resume import SameStart, blaming, find_last
 from fm_stages.training.rewinding import fit_with_rewinds
-from fm_stages.training.run_ids import keep_id, kept_id, name_at_wandb, new_id
+from fm_stages.training.run_config import RunConfig, logger_arguments, loggers_of
+from fm_stages.training.run_ids import kept_id, name_at_wandb, new_id
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
 from fm_stages.training.steering import StageAware
 from fm_stages.training.throughput import Throughput
 from fm_stages.training.verify_resume import Trial, verify_resume
-from fm_stages.training.weights import CONFIG_KEY, init_from, read_checkpoint
+from fm_stages.training.weights import init_from, read_checkpoint
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""
@@ -87,63 +87,10 @@ KEYWORDS = ("last", "best", "hpc")
 """Values of --ckpt_path that Lightning looks up itself."""
 
 
-class RunConfig(SaveConfigCallback):
-    """Writes the whole configuration into the run's folder, every checkpoint and the logger."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
-
-    @property
-    def _yaml(self) -> str:
-        """The configuration; what follows from the run's folder is left to follow from another one's as well."""
-        config = self.config.clone()
-        root = config.trainer.default_root_dir
-        if config.ckpt_path == str(Path(config.checkpoints.dirpath) / LAST):
-            config.ckpt_path = "last"
-        if config.checkpoints.dirpath == checkpoint_folder(root):
-            config.checkpoints.dirpath = None
-        for arguments in logger_arguments(config):
-            if arguments.get("save_dir") == root:
-                arguments["save_dir"] = "."
-        return self.parser.dump(config, skip_none=False)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing is written yet: other set-ups may still find mistakes."""
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the configuration."""
-        super().setup(trainer, pl_module, "fit")
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Called on rank 0 as the run starts."""
-        folder = run_folder(trainer)
-        with whole_file(folder / "config.yaml") as part:
-            part.write_text(self._yaml)
-        if (run_id := id_of(trainer)) is not None:
-            keep_id(trainer, run_id)
-        if trainer.logger is not None:
-            trainer.logger.log_hyperparams(self.config.as_dict())
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says how its network was built, in text: nothing to unpickle."""
-        checkpoint[CONFIG_KEY] = self._yaml
-
-
 def config_files(arguments: list[str]) -> list[str]:
     """The files that command-line arguments name with --config."""
     after = [file for flag, file in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
     return after + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
-
-
-def loggers_of(config: Namespace) -> list[Namespace]:
-    """The loggers of a configuration that are given by class path."""
-    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-    return [logger for logger in loggers if getattr(logger, "class_path", "")]
-
-
-def logger_arguments(config: Namespace) -> list[Namespace]:
-    """Their arguments."""
-    return [logger.init_args for logger in loggers_of(config)]
 
 
 class TrainingCLI(LightningCLI):
