@@ -32,8 +32,8 @@ from fm_stages.data import Digits
 from fm_stages.flow import Guidance, LinearPath, sample
 from fm_stages.networks import DiT
 from fm_stages.oracle import nearest_rows
-from fm_stages.studies import diagnose as measure
-from fm_stages.studies.convert_weights import reverse_time
+from fm_stages.studies.convert.weights import reverse_time
+from fm_stages.studies.diagnose.measure import diagnose as measure
 from fm_stages.studies.models import load_trained
 from fm_stages.training import OracleMonitor, network_weights, read_checkpoint, save_grid
 

@@ -32,7 +32,7 @@ for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
 torch.set_num_threads(1)  # the machine is shared, and sums are then always made in the same order
 
 hypothesis.settings.register_profile(
-    "fm-stages", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "fm-stages", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("fm-stages")
 

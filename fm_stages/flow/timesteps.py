@@ -154,8 +154,11 @@ class BetaTimesteps(TimestepSampler):
 
     def icdf(self, u: Tensor) -> Tensor:
         """See `TimestepSampler`."""
-        t = torch.as_tensor(scipy.special.betaincinv(self.alpha, self.beta, u.double().cpu().numpy()))
-        return t.to(u).clamp(max=LARGEST_TIME)
+        wide = u.double().cpu()
+        t = torch.as_tensor(scipy.special.betaincinv(self.alpha, self.beta, wide.numpy()))
+        # Below 1e-90 scipy gives up. There the distribution is the first term of its series, t^alpha / (alpha B).
+        first = ((wide.log() + math.log(self.alpha) + scipy.special.betaln(self.alpha, self.beta)) / self.alpha).exp()
+        return torch.where(t.isnan(), first, t).to(u).clamp(max=LARGEST_TIME)
 
     def cdf(self, t: Tensor) -> Tensor:
         """See `TimestepSampler`."""

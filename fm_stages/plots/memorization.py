@@ -83,7 +83,7 @@ def memorization_index(curves: Mapping[str, Any], references: Collection[str]) -
     """r over t of networks and references; below it how far the two banks' predictions are apart.
 
     Args:
-        curves: plain data of `fm_stages.studies.memorization_index.IndexCurves`.
+        curves: plain data of `fm_stages.studies.memorization.index.IndexCurves`.
         references: which of its names are references, in the order of `REFERENCE_STYLES`; the others are networks.
 
     Returns:

@@ -13,7 +13,7 @@ from fm_stages.data import TrainingData
 from fm_stages.flow import sample
 from fm_stages.studies.experts import check_stages, load_networks
 from fm_stages.studies.models import labels_of
-from fm_stages.studies.sample_options import Settings
+from fm_stages.studies.sample.options import Settings
 from fm_stages.training import FlowMatching
 
 

@@ -25,7 +25,7 @@ from fm_stages import plots
 from fm_stages.data import TrainingData, remove_parts
 from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solver_named, time_grid, unguided
 from fm_stages.oracle import DataBank, Oracle
-from fm_stages.studies.memorization_measure import MEMORIZED, nearest_sources
+from fm_stages.studies.memorization.measure import MEMORIZED, nearest_sources
 from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
 from fm_stages.studies.text_files import write_json
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fm_stages.networks import DiT
-from fm_stages.studies.features_classifier import Classifier, write_classifier
+from fm_stages.studies.features.classifier import Classifier, write_classifier
 from tests.fuzz import mutations as m
 from tests.studies.conftest import save_checkpoint
 

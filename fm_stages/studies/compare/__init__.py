@@ -1,0 +1,1 @@
+"""``fm-stages compare``: ways to train, paired by seed."""

@@ -1,0 +1,1 @@
+"""``fm-stages import``: weights of other projects as a checkpoint."""

@@ -1,0 +1,1 @@
+"""``fm-stages diagnose``: regular loss, gap and floor by t of trained checkpoints."""

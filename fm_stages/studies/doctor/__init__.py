@@ -1,0 +1,1 @@
+"""``fm-stages doctor``: what would waste a run, before it starts."""

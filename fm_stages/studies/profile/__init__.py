@@ -1,0 +1,1 @@
+"""``fm-stages profile``: what a training set says before any network exists."""

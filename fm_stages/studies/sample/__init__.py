@@ -1,0 +1,1 @@
+"""``fm-stages sample``: images of a checkpoint, to files."""
