@@ -22,10 +22,12 @@ from scipy import stats
 from fm_stages import cli
 from fm_stages.flow import sample
 from fm_stages.oracle import StageProfile
-from fm_stages.studies import compare_runs, diagnose, load_run
+from fm_stages.studies import load_run
+from fm_stages.studies.compare import runs as compare_runs
 from fm_stages.studies.compare.command import compare_command
 from fm_stages.studies.compare.measure import METRICS, PROGRESS, pixel_mmd
 from fm_stages.studies.compare.runs import alone
+from fm_stages.studies.diagnose.measure import diagnose
 from fm_stages.training import FlowMatching, network_weights, read_checkpoint
 
 BASE = {

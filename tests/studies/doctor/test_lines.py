@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fm_stages.oracle import Decomposition
-from fm_stages.studies import doctor_data, doctor_machine
+from fm_stages.studies.doctor import data as doctor_data
+from fm_stages.studies.doctor import machine as doctor_machine
 from fm_stages.studies.doctor.data import (
     check_channels,
     check_constant,
