@@ -1,0 +1,80 @@
+"""The gap over t by the size of the network, and by the length of the training."""
+
+from __future__ import annotations
+
+import json
+
+from matplotlib.figure import Figure
+
+from findings.workshop import SAVED_EVERY, SEEDS, STEPS, WIDTHS, Finding, Workshop, mean_and_error, table
+from fm_stages import plots
+
+STAGES = "navigation", "refinement"
+NUM_DRAWS = 4096
+
+
+def measure(workshop: Workshop) -> Finding:
+    found = []
+    for seed in SEEDS:
+        files = {
+            f"{name}, step {steps}": workshop.network(name, seed).with_name(f"step_{steps:07d}.ckpt")
+            for name in WIDTHS
+            for steps in (SAVED_EVERY, STEPS)
+        }
+        out = workshop.folder / f"sizes_{seed}"
+        words = [word for name, file in files.items() for word in ("--ckpt", f"{name}={file}")]
+        workshop.run("diagnose", *words, "--num_samples", NUM_DRAWS, "--out", out, unless=out / "gap_by_t.png")
+        found.append(json.loads((out / "checkpoints.json").read_text()))
+    reference = next(iter(found[0]["checkpoints"]))
+    edges = found[0]["checkpoints"][reference]["train"]["edges"]
+    rows, curves = [], {}
+    for name in found[0]["checkpoints"]:
+        gaps = [one["checkpoints"][name]["train"]["mean"]["gap"] for one in found]
+        first = [one["checkpoints"][reference]["train"]["mean"]["gap"] for one in found]
+        points = [mean_and_error(of) for of in zip(*gaps, strict=True)]
+        changes = [
+            mean_and_error([a / b - 1 for a, b in zip(of, before, strict=True)])
+            for of, before in zip(zip(*gaps, strict=True), zip(*first, strict=True), strict=True)
+        ]
+        curves[name] = {"mean": [mean for mean, _ in points], "sem": [error for _, error in points]}
+        curves[name] |= {"relative": [mean for mean, _ in changes], "relative_sem": [error for _, error in changes]}
+        rows += [
+            {"network": name, "t_lo": lo, "t_hi": hi, "gap": mean, "gap_sem": error}
+            for lo, hi, (mean, error) in zip(edges, edges[1:], points, strict=False)
+        ]
+    linear = found[0]["checkpoints"][reference]["train"]["mean"]["wiener"]
+    figure: Figure = plots.gap_of_arms(
+        edges, curves, reference, found[0]["profile"]["boundary"],
+        f"Gap to the oracle, mean of {len(SEEDS)} training seeds", linear=linear,
+    )  # fmt: skip
+    listed = [
+        {"network": name, **{stage: _change(found, name, stage) for stage in STAGES}} for name in list(curves)[1:]
+    ]
+    last = [_shares(found, f"large, step {STEPS}", stage) for stage in STAGES]
+    early, late = (mean_and_error(shares)[0] for shares in last)
+    verdict = "navigation" if abs(early) > abs(late) else "refinement"
+    text = f"""
+The paper (arXiv 2512.02826) finds that refinement improves with capacity and length of training, and navigation hardly.
+Here the gap of the largest and longest trained network, against the smallest and shortest, is {100 * early:+.0f} % in
+navigation and {100 * late:+.0f} % in refinement: as a share of what was there, more of it went in **{verdict}**{
+        ", against the paper" if verdict == "navigation" else ", as in the paper"
+    }.
+
+{table(listed, {"against " + reference: "{network}", **{f"gap, {stage}": f"{{{stage}}}" for stage in STAGES}})}
+
+Means over uniform t within each stage, averaged weights, {NUM_DRAWS} training images with the same noise for all;
+{len(SEEDS)} training seeds, ± is the standard error of their mean, bands are two. Channels:
+{", ".join(f"{width} ({name})" for name, width in WIDTHS.items())}.
+"""
+    return Finding("The gap over t, by size and length", text, rows, figure)
+
+
+def _shares(found: list[dict], name: str, stage: str) -> list[float]:
+    """Change of the gap of a stage against the first network, as a share, one for each seed."""
+    rows = [row for one in found for row in one["stages"] if row["name"] == name and row["stage"] == stage]
+    return [row["gap_change_share"] for row in rows]
+
+
+def _change(found: list[dict], name: str, stage: str) -> str:
+    mean, error = mean_and_error(_shares(found, name, stage))
+    return f"{100 * mean:+.1f} ± {100 * error:.1f} %"
