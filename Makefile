@@ -9,7 +9,7 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all test-faults test-slurm test-two-hosts test-path lint format bench docker test-docker clean distclean
+.PHONY: help install demo test test-all test-faults test-slurm test-two-hosts test-path lint format bench reproduce docker test-docker clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,9 @@ format: $(STAMP)  ## Put the code into the format that lint asks for
 
 bench: $(STAMP)  ## Run the benchmarks, each of which prints a table
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+reproduce: $(STAMP)  ## Make the pages of docs/results again from the training data: some hours on one CPU core
+	$(BIN)/python benchmarks/reproduce.py
 
 # Its options stand in BUILD_FLAGS, those before `build` in BUILDER: make docker BUILDER='buildah --storage-driver vfs'
 # BUILD_FLAGS='--isolation chroot'. An older Docker needs to be told of BuildKit, buildah to keep layers for the next time.
