@@ -1,6 +1,6 @@
 """The findings that the project stands on, made again from the training data alone.
 
-    python benchmarks/reproduce.py                    # all of them: a day of one CPU core
+    python benchmarks/reproduce.py                    # all of them: some hours on one CPU core
     python benchmarks/reproduce.py stages handover    # some of them
 
 Each becomes a page with a figure and its data in docs/results. Trainings and measurements are kept in runs/reproduce;
