@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import json
+from math import log, log10
 
-from findings.workshop import CONFIG, Finding, Workshop
+from findings.workshop import CONFIG, Finding, Workshop, table
 
 
 def measure(workshop: Workshop) -> Finding:
     out = workshop.folder / "trends"
     workshop.run("profile", "--data", CONFIG, "--trends", "--out", out, unless=out / "trends.png")
     study = json.loads((out / "study.json").read_text())
-    row_trend, dims = study["row_trend"], study["dim_trend"]
+    slope, points = study["row_trend"]["slope"], study["row_trend"]["points"]
     rows = [
         {**{x: p[x] for x in ("kind", "num_rows", "num_dims", "boundary")}, "sem": p["time_sem"]["boundary"]}
-        for p in [*row_trend["points"], *dims]
+        for p in [*points, *study["dim_trend"]]
     ]
-    of_dims = {}
-    for point in dims:
-        of_dims.setdefault(point["kind"], []).append(point)
-    moved = "; ".join(
-        f"{kind}, {points[0]['num_rows']} rows: "
-        + ", ".join(f"{p['boundary']:.3f} ± {p['time_sem']['boundary']:.3f} (D = {p['num_dims']})" for p in points)
-        for kind, points in of_dims.items()
-    )
+    fitted = points[: max(2, (len(points) + 1) // 2)]
+    columns = {
+        "data": "{kind}",
+        "rows N": "{num_rows}",
+        "values D": "{num_dims}",
+        "boundary": "{boundary:.3f} ± {sem:.3f}",
+    }
     text = f"""
 The paper (arXiv 2512.02826) finds that more training images move the boundary later and more values per image earlier.
-Here it moves by {2.302585 * row_trend["slope"]:+.3f} for ten times as many images of Fashion-MNIST (a line in ln N
-through the larger half of the points). Over D: {moved}.
+Here ten times as many images of Fashion-MNIST move it by {slope * log(10):+.3f} ± {slope_error(fitted):.3f} (a line in
+the logarithm of N through the {len(fitted)} larger banks). With more values it comes earlier, in unit Gaussians and in
+images that are less pooled.
 
-Seed 0; ± is a standard error over draws. Pooled images are means over squares of pixels: smaller images of the same
-things, whose intrinsic dimension falls less than D.
+{table(rows, columns)}
+
+Seed 0; ± is a standard error over 512 draws. Rows are halves, quarters and so on of the training set, for the mix of
+labels that a network sees; the others are without labels. Pooled images are means over squares of pixels: smaller
+images of the same things, whose intrinsic dimension falls less than D.
 """
     return Finding("What moves the boundary", text, rows, out / "trends.png")
+
+
+def slope_error(points: list[dict]) -> float:
+    """Standard error of the slope in log10 N of a line through boundaries with known errors."""
+    weights = [point["time_sem"]["boundary"] ** -2 for point in points]
+    x = [log10(point["num_rows"]) for point in points]
+    centre = sum(w * value for w, value in zip(weights, x, strict=True)) / sum(weights)
+    return sum(w * (value - centre) ** 2 for w, value in zip(weights, x, strict=True)) ** -0.5
