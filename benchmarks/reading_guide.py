@@ -35,7 +35,7 @@ from fm_stages.oracle import nearest_rows
 from fm_stages.studies.convert.weights import reverse_time
 from fm_stages.studies.diagnose.measure import diagnose as measure
 from fm_stages.studies.models import load_trained
-from fm_stages.training import OracleMonitor, network_weights, read_checkpoint, save_grid
+from fm_stages.training import OracleMonitor, allow_imports, network_weights, read_checkpoint, save_grid
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/digits_dit.yaml"
@@ -47,6 +47,9 @@ SHORTER = ("--trainer.max_steps", 700)
 
 GUIDANCE = 1, 4, 8
 """Guidance scales of the drawn digits; 1 is none."""
+
+OWN = ("--allow-import", "reading_guide")
+"""For configurations and checkpoints that name a class of this file."""
 
 UNSCALED = 7.3
 """Times the digits' standard deviation of 0.75: 5.5, that of SD-VAE's latents before they are multiplied by 0.18215."""
@@ -131,8 +134,9 @@ def underfit(out: Path) -> None:
 
 def overfit(out: Path) -> None:
     """The demo on 128 images in place of 1438."""
-    fit(out / "overfit", "--data", "reading_guide.FewDigits")
-    diagnose(last(out / "overfit"), out / "overfit")
+    fit(out / "overfit", "--data", "reading_guide.FewDigits", *OWN)
+    diagnose(last(out / "overfit"), out / "overfit", *OWN)
+    allow_imports("reading_guide")
     for name, data in (("healthy", Digits()), ("overfit", FewDigits())):
         data.setup()
         network = load_trained(last(out / name)).network
@@ -145,10 +149,11 @@ def overfit(out: Path) -> None:
 
 def scale(out: Path) -> None:
     """Data too large, for a training and for the healthy network; the profile says so before either."""
-    command("profile", "--data", "reading_guide.UnscaledDigits", "--out", out / "scale/profile")
-    fit(out / "scale", "--data", "reading_guide.UnscaledDigits", *SHORTER)
-    diagnose(last(out / "scale"), out / "scale")
-    diagnose(last(out / "healthy"), out / "scale/other", "--data", "reading_guide.UnscaledDigits", "--weights", "ema")
+    unscaled = "--data", "reading_guide.UnscaledDigits", *OWN
+    command("profile", *unscaled, "--out", out / "scale/profile")
+    fit(out / "scale", *unscaled, *SHORTER)
+    diagnose(last(out / "scale"), out / "scale", *OWN)
+    diagnose(last(out / "healthy"), out / "scale/other", *unscaled, "--weights", "ema")
 
 
 def time(out: Path) -> None:
