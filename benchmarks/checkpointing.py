@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fm_stages.networks import DiT_B, DiT_S
-from fm_stages.training import Checkpoints, FlowMatching, background, checkpoint_files
+from fm_stages.training import Checkpoints, FlowMatching
+from fm_stages.training.checkpoints import background
+from fm_stages.training.checkpoints import files as checkpoint_files
 
 SIZES = {"DiT-S/2": DiT_S, "DiT-B/2": DiT_B}
 SHAPE, NUM_CLASSES = (4, 32, 32), 1000

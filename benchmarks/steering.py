@@ -24,7 +24,7 @@ from training_run import add_config_options, from_config, parts
 
 from fm_stages.flow import UniformTimesteps, UniformWeighting
 from fm_stages.training import FlowMatching, GapDensity, OracleMonitor, ShiftToBoundary, StageAware, StageWeights
-from fm_stages.training.policies import Policy
+from fm_stages.training.steering.policies import Policy
 
 EVERY, WINDOW = 2, 3
 """Cadence of the monitor: a window ends every sixth step."""

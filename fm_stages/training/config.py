@@ -18,29 +18,29 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.data import TrainingData, describe_shares, read_yaml_file
-from fm_stages.training.checkpoints import Checkpoints, checkpoint_folder
+from fm_stages.training.checkpoints.callback import Checkpoints, checkpoint_folder
+from fm_stages.training.checkpoints.continuity import Continuity, is_own
+from fm_stages.training.checkpoints.preemption import Preemption, listening
+from fm_stages.training.checkpoints.resume import SameStart, blaming, find_last
+from fm_stages.training.checkpoints.run_ids import kept_id, name_at_wandb, new_id
+from fm_stages.training.checkpoints.verify_resume import Trial, verify_resume
+from fm_stages.training.checkpoints.weights import init_from, read_checkpoint
 from fm_stages.training.class_paths import check_classes
-from fm_stages.training.continuity import Continuity, is_own
-from fm_stages.training.guards import Guards
+from fm_stages.training.guards.callback import Guards
+from fm_stages.training.guards.rewinding import fit_with_rewinds
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.lifeline import Lifeline
-from fm_stages.training.loggers import choose_wandb_mode, tell_lost_files
+from fm_stages.training.logs.loggers import choose_wandb_mode, tell_lost_files
+from fm_stages.training.logs.patience import finish_loggers, make_patient
 from fm_stages.training.module import FlowMatching
-from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.monitor.callback import OracleMonitor
 from fm_stages.training.network_size import check_network
-from fm_stages.training.patience import finish_loggers, make_patient
-from fm_stages.training.preemption import Preemption, listening
 from fm_stages.training.progress import StepProgressBar
-from fm_stages.training.resume import SameStart, blaming, find_last
-from fm_stages.training.rewinding import fit_with_rewinds
 from fm_stages.training.run_config import RunConfig, logger_arguments, loggers_of
-from fm_stages.training.run_ids import kept_id, name_at_wandb, new_id
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
-from fm_stages.training.steering import StageAware
+from fm_stages.training.steering.callback import StageAware
 from fm_stages.training.throughput import Throughput
-from fm_stages.training.verify_resume import Trial, verify_resume
-from fm_stages.training.weights import init_from, read_checkpoint
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""

@@ -20,7 +20,7 @@ import time
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from fm_stages.training.rewinding import Rewind
+from fm_stages.training.guards.rewinding import Rewind
 
 GOODBYE = b"\0"
 """The last word of a rank that ended as it should."""

@@ -16,7 +16,7 @@ from fm_stages import plots
 from fm_stages.data import Pictures
 from fm_stages.flow import keyed_generator, keyed_normal, unguided
 from fm_stages.oracle import Oracle, StageProfile
-from fm_stages.training.history import Table
+from fm_stages.training.logs.loggers import Table
 
 EARLY, LATE = (0, 0.4, 0.6, 0.8), (0, 0.1, 0.25, 0.5, 0.75, 1)
 """Times shown, as shares of the way to the boundary, and of the way from it to 1: close together where the stages

@@ -10,12 +10,12 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 
 from fm_stages.data import whole_file
-from fm_stages.training.checkpoint_files import LAST
-from fm_stages.training.checkpoints import checkpoint_folder
-from fm_stages.training.continuity import id_of
-from fm_stages.training.loggers import run_folder
-from fm_stages.training.run_ids import keep_id
-from fm_stages.training.weights import CONFIG_KEY
+from fm_stages.training.checkpoints.callback import checkpoint_folder
+from fm_stages.training.checkpoints.continuity import id_of
+from fm_stages.training.checkpoints.files import LAST
+from fm_stages.training.checkpoints.run_ids import keep_id
+from fm_stages.training.checkpoints.weights import CONFIG_KEY
+from fm_stages.training.logs.loggers import run_folder
 
 
 class RunConfig(SaveConfigCallback):

@@ -17,8 +17,8 @@ from torchvision.utils import save_image
 from fm_stages import plots
 from fm_stages.data import TrainingData, pictures_of, to_model_range, whole_file
 from fm_stages.flow import Guidance, sample, solver_named, time_grid
-from fm_stages.training.loggers import dispensable, is_trial, log_image, run_folder, write_table
-from fm_stages.training.monitor import OracleMonitor
+from fm_stages.training.logs.loggers import dispensable, is_trial, log_image, run_folder, write_table
+from fm_stages.training.monitor.callback import OracleMonitor
 from fm_stages.training.predictions import predict_data, prediction_figure
 
 SMALLEST_SIDE = 32

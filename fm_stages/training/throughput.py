@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 
-from fm_stages.training.loggers import log_metrics
+from fm_stages.training.logs.loggers import log_metrics
 
 
 class Throughput(L.Callback):

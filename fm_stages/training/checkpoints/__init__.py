@@ -1,0 +1,1 @@
+"""Checkpoints: when and how they are written, what is in them, how a run goes on from one."""

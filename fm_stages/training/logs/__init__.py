@@ -1,0 +1,1 @@
+"""Numbers, tables, figures and alerts to the run's folder and to loggers, which may fail."""

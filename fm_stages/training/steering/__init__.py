@@ -1,0 +1,1 @@
+"""What measured stages change about training, and what a run's curves promise."""
