@@ -387,7 +387,7 @@ def logged_steps(folder: Path, name: str) -> list[int]:
     """The steps of a number, as wandb's own tool reads them back."""
     (file,) = folder.glob("*.wandb")
     tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    read = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+    read = subprocess.run(tool, capture_output=True, text=True, timeout=240)
     if read.returncode and "No such command" in read.stderr:
         pytest.skip("this wandb cannot read a run back")
     items = [line.get("history", {}).get("item", {}) for line in map(json.loads, read.stdout.splitlines())]
@@ -401,7 +401,7 @@ def logged_run(folder: Path) -> tuple[Path, dict]:
     wandb.finish()
     (file,) = folder.rglob("*.wandb")
     tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-    read = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+    read = subprocess.run(tool, capture_output=True, text=True, timeout=240)
     if read.returncode and "No such command" in read.stderr:
         pytest.skip("this wandb cannot read a run back")
     return file, json.loads(read.stdout)

@@ -154,7 +154,7 @@ except SystemExit as stop:
 finally:
     assert not (heavy := sys.modules.keys() & {HEAVY!r}), heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     if "--help" in start:
         assert "fm-stages" in done.stdout

@@ -286,7 +286,7 @@ class TestReport:
         files = [file for file in Path("out").rglob("*.wandb") if file.is_relative_to("out/wandb")]
         assert len(files) == 1
         tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(files[0])]
-        read = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+        read = subprocess.run(tool, capture_output=True, text=True, timeout=240)
         if read.returncode and "No such command" in read.stderr:
             pytest.skip("this wandb cannot read a run back")
         run = json.loads(read.stdout)
@@ -391,21 +391,21 @@ class TestGoingOn:
 
     def test_a_run_that_another_process_trains_is_waited_for(self, tmp_path):
         run = type("Run", (), {"folder": tmp_path})()
-        order, held = [], threading.Event()
+        order, held, waits = [], threading.Event(), threading.Event()
 
         def hold() -> None:
             with alone(run):
                 held.set()
-                time.sleep(0.3)
+                waits.wait()
                 order.append("first")
 
         thread = threading.Thread(target=hold)
         thread.start()
         held.wait()
-        with alone(run, lambda: order.append("waits")):
+        with alone(run, waits.set):
             order.append("second")
         thread.join()
-        assert order == ["waits", "first", "second"]
+        assert order == ["first", "second"]
 
 
 class TestCluster:

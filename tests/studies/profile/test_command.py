@@ -246,7 +246,7 @@ def test_wandb_offline_run_holds_tables_figures_and_profiles(command, tmp_path):
     (file,) = tmp_path.rglob("*.wandb")
     assert file.is_relative_to(tmp_path / "out")
     tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-    read = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+    read = subprocess.run(tool, capture_output=True, text=True, timeout=240)
     if read.returncode and "No such command" in read.stderr:
         pytest.skip("this wandb cannot read a run back")
     summary = json.loads(read.stdout)["summary"]

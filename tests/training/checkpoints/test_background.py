@@ -13,7 +13,7 @@ from fm_stages.training.checkpoints.background import Writer, copied
 from fm_stages.training.checkpoints.callback import NotSaved
 from fm_stages.training.checkpoints.files import WholeFiles
 
-TIMEOUT_SEC = 20
+TIMEOUT_SEC = 200
 
 
 class Slow(WholeFiles):
