@@ -21,6 +21,7 @@ os.environ.update(
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "WANDB_ERROR_REPORTING": "false",
+        **{f"WANDB_{name}": "240" for name in ("INIT_TIMEOUT", "X_SERVICE_WAIT")},  # sec, on however busy a machine
         **{f"WANDB_{name}_DIR": _WANDB.name for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")},
         "OMP_NUM_THREADS": "1",
         "FM_STAGES_ALLOW_IMPORT": "tests",  # networks and data of their own
