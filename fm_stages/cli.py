@@ -112,6 +112,21 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
 }
 
 
+def _packaged_configs() -> Path:
+    """Where the configurations that come with the package lie: in it, or beside it where it is run from its source."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _find_packaged(argv: list[str]) -> None:
+    """Let ``configs/NAME`` mean the package's own file in the arguments, where there is none in the working folder."""
+    for place, word in enumerate(argv):
+        before, equals, path = word.rpartition("=")  # --config=configs/x.yaml, and profile's --data NAME=configs/x.yaml
+        own = _packaged_configs().parent / path
+        if path.startswith("configs/") and not Path(path).exists() and own.exists():
+            argv[place] = f"{before}{equals}{own}"
+
+
 def _usage() -> str:
     from fm_stages import __doc__ as purpose
     from fm_stages import __version__
@@ -120,7 +135,9 @@ def _usage() -> str:
     return (
         f"fm-stages {__version__}\n{purpose}\n\nusage: fm-stages COMMAND [options]\n\n{rows}\n\n"
         "fm-stages COMMAND --help lists a command's options. Each takes --allow-import PACKAGE as well, after which\n"
-        "configurations and checkpoints may name classes of that package, which is to run its code."
+        "configurations and checkpoints may name classes of that package, which is to run its code.\n\n"
+        f"Configurations to begin with: {_packaged_configs()}\n"
+        "configs/NAME.yaml finds them from any folder that has none of that name itself."
     )
 
 
@@ -159,6 +176,7 @@ def _run() -> None:
     except ValueError as error:
         print(f"fm-stages: {error}", file=sys.stderr)
         sys.exit(2)
+    _find_packaged(sys.argv)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
