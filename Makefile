@@ -9,7 +9,7 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all test-faults test-slurm test-two-hosts test-path lint format bench reproduce docker test-docker clean distclean
+.PHONY: help install demo test test-all coverage test-faults test-slurm test-two-hosts test-path lint format bench reproduce docker test-docker clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -38,11 +38,17 @@ demo: $(STAMP)  ## Train a small model on the digits data, on the CPU
 	$(BIN)/fm-stages fit --config configs/digits_dit.yaml
 	@echo "The results are in $$(ls -td runs/*/ | head -n 1)"
 
+# Two processes share the tests: each takes a gigabyte, and those that start two ranks use two cores alone.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(STAMP)  ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP)  ## Run all tests
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
+
+coverage: $(STAMP)  ## Run the tests as make test does, and show which lines of fm_stages none of them reaches
+	$(PYTEST) --cov
 
 test-slurm: $(STAMP)  ## Train on a real SLURM, which this installs and starts (root)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cluster/slurm.sh
@@ -88,7 +94,7 @@ test-docker:  ## Build the image and run the demo in it (without a Docker engine
 	tests/container/build_and_run.sh
 
 clean:  ## Remove caches and build outputs; runs/ stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs -o -path ./wandb \) -prune -o \
 	    -type d -name __pycache__ -prune -exec rm -rf {} +
 
