@@ -9,7 +9,7 @@ override TORCH := $(patsubst %.*,%,$(or $(TORCH),$(shell cat $(VENV)/torch 2>/de
 STAMP := $(VENV)/.installed-$(TORCH)
 OTHER_TORCH := $(if $(filter-out pinned,$(TORCH)),-e 's/^torch==.*/torch==$(TORCH).*/' -e '/^torchvision==/d')
 
-.PHONY: help install demo test test-all coverage test-faults test-slurm test-two-hosts test-path lint format bench reproduce docker test-docker clean distclean
+.PHONY: help install demo test test-all coverage test-faults test-slurm test-two-hosts test-path lint format bench reproduce docs docs-serve docker test-docker clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,17 @@ bench: $(STAMP)  ## Run the benchmarks, each of which prints a table
 reproduce: $(STAMP)  ## Make the pages of docs/results again from the training data: some hours on one CPU core
 	$(BIN)/python benchmarks/reproduce.py
 
+DOCS := $(VENV)/.installed-docs-$(TORCH)
+$(DOCS): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)  ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(DOCS)  ## Show the documentation while its pages are written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 # Its options stand in BUILD_FLAGS, those before `build` in BUILDER: make docker BUILDER='buildah --storage-driver vfs'
 # BUILD_FLAGS='--isolation chroot'. An older Docker needs to be told of BuildKit, buildah to keep layers for the next time.
 BUILDER ?= docker
@@ -94,7 +105,7 @@ test-docker:  ## Build the image and run the demo in it (without a Docker engine
 	tests/container/build_and_run.sh
 
 clean:  ## Remove caches and build outputs; runs/ stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs -o -path ./wandb \) -prune -o \
 	    -type d -name __pycache__ -prune -exec rm -rf {} +
 
