@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from fm_stages.training.checkpoints.files import CONTINUITY
 from fm_stages.training.checkpoints.run_ids import new_id
-from fm_stages.training.guards.flight import gather
 from fm_stages.training.logs.metrics_table import MetricsTable
+from fm_stages.training.ranks import gather
 
 
 class Continuity(Checkpoint):

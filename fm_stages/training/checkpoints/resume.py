@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.training.checkpoints.files import LAST, check_sums, resumable_step, whole_checkpoints
+from fm_stages.training.ranks import gather
 
 
 def find_last(folder: str, run_id: str | None = None) -> str | None:
@@ -86,10 +86,7 @@ class SameStart(L.Callback):
         Raises:
             ValueError: on every rank, if they differ.
         """
-        if trainer.world_size == 1:
-            return
-        starts: list[tuple[int, str]] = [self.start] * trainer.world_size
-        dist.all_gather_object(starts, self.start)
+        starts = gather(self.start)
         if len(set(starts)) > 1:
             found = ", ".join(f"rank {rank} {name} of step {step}" for rank, (step, name) in enumerate(starts))
             raise ValueError(

@@ -8,7 +8,6 @@ follows is arithmetic of the host on two numbers that every rank has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +20,14 @@ from fm_stages.data import TrainingData
 from fm_stages.training.checkpoints.callback import Checkpoints
 from fm_stages.training.checkpoints.continuity import id_of, logged_so_far
 from fm_stages.training.checkpoints.files import LAST
-from fm_stages.training.guards.flight import FOLDER, Flight, gather, plain, write_record
+from fm_stages.training.guards.flight import FOLDER, Flight, plain, write_record
 from fm_stages.training.guards.rewinding import Rewind, find_good, write_rewound
 from fm_stages.training.guards.spikes import MIN_VALUES, SpikeDetector
 from fm_stages.training.guards.step_numbers import measure_step
 from fm_stages.training.logs.alerts import alert
 from fm_stages.training.logs.loggers import is_trial, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
+from fm_stages.training.ranks import gather, on_rank_0
 
 NON_FINITE = ("off", "stop", "skip", "rewind")
 SPIKE = ("off", "record", "stop", "skip", "rewind")
@@ -240,8 +240,8 @@ class Guards(L.Callback):
         checkpoints.settle(trainer)
         # rank 0 says whether there is one: the others may see its folder late
         folder, run_id = _folder(checkpoints), id_of(trainer)
-        self._good = _on_rank_0(
-            trainer, "checkpoints could not be read", lambda: find_good(folder, trainer.global_step, run_id)
+        self._good = on_rank_0(
+            trainer, "guards: checkpoints could not be read", lambda: find_good(folder, trainer.global_step, run_id)
         )
         if self._good is None:
             return "stop", f"There is no checkpoint from before step {trainer.global_step} to go back to."
@@ -255,9 +255,9 @@ class Guards(L.Callback):
         good, folder = self._good, _folder(checkpoints)
         assert good is not None
         state = {"rewinds": self.rewinds + 1, "events": self.events, "num_in_a_row": 0}
-        _on_rank_0(
+        on_rank_0(
             trainer,
-            "the way back could not be written",
+            "guards: the way back could not be written",
             lambda: write_rewound(good, folder, data, self.state_key, state, logged_so_far(trainer)),
         )
         return folder / LAST
@@ -300,24 +300,6 @@ class Guards(L.Callback):
             self._spikes[name].values.extend(values)
         self.num_in_a_row, self.rewinds = state_dict["num_in_a_row"], state_dict["rewinds"]
         self.events = list(state_dict["events"])
-
-
-def _on_rank_0(trainer: L.Trainer, failed: str, work: Callable[[], Any]) -> Any:
-    """What comes of some work of rank 0, on all ranks, which wait for it.
-
-    Raises:
-        ValueError: on every rank, if it fails.
-    """
-    result, failure = None, ""
-    if trainer.is_global_zero:
-        try:
-            result = work()
-        except Exception as error:  # torch raises many kinds
-            failure = f"{failed}: {error}"
-    result, failure = trainer.strategy.broadcast((result, failure))
-    if failure:
-        raise ValueError(f"guards: {failure}")
-    return result
 
 
 def _folder(checkpoints: Checkpoints) -> Path:

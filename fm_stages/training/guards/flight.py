@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fm_stages.data import whole_file
+from fm_stages.training.ranks import gather
 
 FOLDER = "flight"
 JSON = "record.json"
@@ -115,15 +116,6 @@ def gradient_norms(module: L.LightningModule, optimizer: Optimizer) -> dict[str,
             norm = torch.linalg.vector_norm(parameter.grad)
             norms[name] = plain((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
     return norms
-
-
-def gather(value: Any) -> list[Any]:
-    """What each rank has, on every rank."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
 
 
 def write_record(

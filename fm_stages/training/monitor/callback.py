@@ -23,12 +23,12 @@ from fm_stages.oracle import (
     timestep_bins,
 )
 from fm_stages.training.flops import step_flops
-from fm_stages.training.logs.alerts import IdentityAlarm
 from fm_stages.training.logs.loggers import current_step, log_metrics, write_curves
 from fm_stages.training.monitor.checks import check_first_batch, check_num_rows, find_bank, find_path, outputs_of
 from fm_stages.training.monitor.figures import Figures
 from fm_stages.training.monitor.findings import Findings
 from fm_stages.training.monitor.generalisation import best_step_metrics, named, validation_metrics
+from fm_stages.training.monitor.identity import IdentityAlarm
 from fm_stages.training.monitor.report import print_report, train_metrics
 from fm_stages.training.monitor.stages import (
     density_of,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fm_stages.oracle import Curves, TimestepCurves
+from fm_stages.training.ranks import gather
 
 SUMS = ("count", "total", "square")
 """Of `TimestepCurves`."""
@@ -45,11 +46,7 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         """The sums of each rank, apart, so that as many ranks go on to the last bit. Every rank calls this."""
         own = {name: getattr(self.sums, name).cpu() for name in SUMS}
-        ranks: list[Any] = [own]
-        if torch.distributed.is_initialized():
-            ranks = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, own)
-        return {"edges": self.sums.edges, "num_measured": self.num_measured, "ranks": ranks}
+        return {"edges": self.sums.edges, "num_measured": self.num_measured, "ranks": gather(own)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, unless the bins are others. On another number of ranks the first one takes all."""

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from fm_stages.oracle import Curves
-from fm_stages.training.logs.alerts import MemorizationWatch
 from fm_stages.training.steering.forecast import forecast_power_law, in_words
+from fm_stages.training.steering.memorization import MemorizationWatch
 
 
 class Outlook:
