@@ -172,8 +172,11 @@ class TrainingCLI(LightningCLI):
             raise ValueError("weights_only=false would run whatever code a checkpoint holds: leave it out")
         # known before any callback's set-up, for `--ckpt_path last`
         config.checkpoints.dirpath = config.checkpoints.dirpath or checkpoint_folder(config.trainer.default_root_dir)
+        self._last: str | None = None
         if self.subcommand == "fit" and config.ckpt_path == "last":
-            config.ckpt_path = find_last(config.checkpoints.dirpath, kept_id(Path(config.trainer.default_root_dir)))
+            config.ckpt_path = self._last = find_last(
+                config.checkpoints.dirpath, kept_id(Path(config.trainer.default_root_dir))
+            )
         goes_on = self.subcommand == "fit" and is_own(config.ckpt_path, config.checkpoints.dirpath)
         self._run_id = (kept_id(Path(config.trainer.default_root_dir)) if goes_on else None) or new_id()
         if any(logger.class_path.endswith("WandbLogger") for logger in loggers_of(config)):
@@ -293,7 +296,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError("val_check_interval=0 is no interval: give steps, or set limit_val_batches to 0")
         path = self.config[self.subcommand].ckpt_path
         if path and path not in KEYWORDS:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, values=path != self._last)  # which `find_last` has read to its end
             self._check_checkpoint(path, checkpoint)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SameStart):

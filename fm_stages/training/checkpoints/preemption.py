@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.training.checkpoints.callback import Checkpoints
-from fm_stages.training.guards.flight import gather
 from fm_stages.training.logs.loggers import dispensable, is_trial, run_folder
+from fm_stages.training.ranks import gather
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What SLURM sends before it takes the nodes, what torchrun hands on when it is stopped, and Ctrl-C."""
@@ -27,6 +27,7 @@ SAME_SEC = 1.0
 """Seconds in which Ctrl-C counts once: the terminal sends it to all processes, and torchrun to its ranks again."""
 
 TOLD = b"\nCtrl-C: the run ends after this step, with a checkpoint. Once more: at once, without.\n"
+TOLD_TRIAL = b"\nCtrl-C: the rehearsal ends after this step, without a checkpoint. Once more: at once.\n"
 TOLD_BEFORE = b"\nCtrl-C: the run ends; it was not training.\n"
 
 MARKER = "preempted.txt"
@@ -80,7 +81,7 @@ class Preemption(Checkpoint):
         self._interrupted: float | None = None
         self._process = os.getpid()
         self._step = 0
-        self._training = self._ending = self._alike = False
+        self._training = self._ending = self._alike = self._trial = False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of Lightning's handler, which it sets just before and takes away at any end of the run."""
@@ -89,9 +90,9 @@ class Preemption(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same where there was no sanity check; and this run waits no longer."""
         self.listen()
-        self._training = True
+        self._training, self._trial = True, is_trial(trainer)
         self._step = trainer.global_step
-        if trainer.is_global_zero and not is_trial(trainer):
+        if trainer.is_global_zero and not self._trial:
             self._marker(trainer).unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -170,7 +171,8 @@ class Preemption(Checkpoint):
             return
         if number == signal.SIGINT:
             self._interrupted = time.monotonic()
-            os.write(2, TOLD if self._training else TOLD_BEFORE)  # a print may lie inside another one
+            told = TOLD_TRIAL if self._trial else TOLD
+            os.write(2, told if self._training else TOLD_BEFORE)  # a print may lie inside another one
         if not self._training:
             raise Preempted(number == signal.SIGINT)
         self._received = signal.Signals(number).name

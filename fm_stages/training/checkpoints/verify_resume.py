@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fm_stages.data import load_tensors
 from fm_stages.oracle import gather_objects, together
 from fm_stages.training.checkpoints.continuity import random_state, set_random_state, tables
 from fm_stages.training.checkpoints.files import CONTINUITY
@@ -107,7 +108,7 @@ def verify_resume(build: Callable[[Path], Trial], start: Trial, num_steps: int, 
     """
     group = _meet(start)
     with together(group):
-        first = 0 if begun_from is None else int(torch.load(begun_from, weights_only=True, mmap=True)["global_step"])
+        first = 0 if begun_from is None else int(load_tensors(begun_from, mmap=True)["global_step"])
     begin, end = first + num_steps, first + 2 * num_steps
     if 0 < start.trainer.max_steps < end:
         raise ValueError(

@@ -23,8 +23,13 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 """The weight whose shape depends on the number of classes."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, values: bool = True) -> dict[str, Any]:
     """Read a checkpoint without unpickling anything but tensors and plain values.
+
+    Args:
+        path: of the file.
+        values: whether to read all values, and hold them against their checksums; else tensors stay on the disk, for
+            whoever asks for names and shapes alone.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -33,8 +38,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        checkpoint = _read_safetensors(path) if Path(path).suffix == ".safetensors" else load_tensors(path)
-        if isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint:
+        checkpoint = _read_safetensors(path) if Path(path).suffix == ".safetensors" else load_tensors(path, not values)
+        if values and isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint:
             check_sums(Path(path))  # which torch does not; other projects may write none
     except OSError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

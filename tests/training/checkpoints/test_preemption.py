@@ -170,10 +170,14 @@ def test_in_the_last_step_the_run_ends_as_it_would(fit):
     assert not Path("run/preempted.txt").exists()
 
 
-def test_a_trial_run_stops_and_writes_nothing(fit):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_trial_run_stops_writes_nothing_and_promises_nothing(fit, capfd, number):
     with pytest.raises(Preempted):
-        fit("run", Signal(signal.SIGTERM, 1), fast_dev_run=3, accumulate_grad_batches=1)
+        fit("run", Signal(number, 1), fast_dev_run=3, accumulate_grad_batches=1)
     assert not Path("run").exists()
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Ctrl-C")]
+    promised = "Ctrl-C: the rehearsal ends after this step, without a checkpoint. Once more: at once."
+    assert told == [promised] * (number == signal.SIGINT)
 
 
 def test_two_ranks(launch, tmp_path):
