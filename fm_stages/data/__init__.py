@@ -1,7 +1,7 @@
 """Training data: each data module says once, in `bank()`, what its training set is."""
 
 from fm_stages.data.as_pictures import Pictures, pictures_of
-from fm_stages.data.atomic_files import PART, remove_parts, whole_file
+from fm_stages.data.atomic_files import PART, remove_parts, whole_file, whole_folder
 from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.batches import describe_shares
 from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_shard, sums_of_shard
@@ -92,6 +92,7 @@ __all__ = [
     "to_pixels",
     "remove_parts",
     "whole_file",
+    "whole_folder",
     "write_shard",
     "without_memory",
     "write_statistics",

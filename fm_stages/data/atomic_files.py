@@ -1,7 +1,9 @@
 """Files that are there as a whole or not at all, whenever the process that writes them is killed."""
 
+import glob
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A name for a folder to be made, which becomes ``path``, new or empty, once all of it is there.
+
+    Nothing stays of what failed, nor of what a killed process was making in its place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
+        writer = left.name.removesuffix(PART).rpartition(".")[2]
+        if writer.isdecimal() and _is_done(int(writer)):
+            shutil.rmtree(left, ignore_errors=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove from a folder what `whole_file` was writing for processes that were killed.
 
@@ -35,8 +56,13 @@ def remove_parts(folder: Path) -> None:
     """
     for file in folder.glob(f"*{PART}"):
         writer = re.fullmatch(rf".+\.[a-z]+\.(\d+){re.escape(PART)}", file.name)  # films come in parts, too
-        if writer and (int(writer[1]) == os.getpid() or not _lives(int(writer[1]))):
+        if writer and _is_done(int(writer[1])):
             file.unlink(missing_ok=True)
+
+
+def _is_done(process: int) -> bool:
+    """Whether it writes no more: this one has not begun yet, and has the number of one before it."""
+    return process == os.getpid() or not _lives(process)
 
 
 def _lives(process: int) -> bool:

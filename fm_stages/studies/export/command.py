@@ -7,21 +7,19 @@ The folder draws what ``fm-stages sample`` draws with Euler steps, from the same
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
 from fm_stages import __version__
-from fm_stages.data import ImageData
+from fm_stages.data import ImageData, whole_folder
 from fm_stages.flow import Guidance, time_grid
 from fm_stages.oracle import StageProfile
+from fm_stages.studies.commands import command_parser, parse_options
 from fm_stages.studies.convert.files import write_network
 from fm_stages.studies.export.card import card
 from fm_stages.studies.export.source import Source, source_of
@@ -85,14 +83,8 @@ def export_folder(trained: Trained, out: str | Path, drawing: Drawing | None = N
             f"{network.__module__}.{network.__qualname__} is not of fm_stages.networks, and its code cannot be put "
             f"into a folder of diffusers: write its weights with --out {out}.safetensors"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # a folder that was cut short is never taken for a whole one
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with whole_folder(out) as part:
         _fill(part, trained, drawing)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _refuse_taken(out: Path) -> None:
@@ -207,7 +199,7 @@ def export_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages export``; None: of this process.
     """
-    parser = ArgumentParser(prog="fm-stages export", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("export", __doc__)
     add = parser.add_argument
     add("--ckpt", type=str, required=True, help="checkpoint of fm-stages fit")
     add("--out", type=str, required=True, help="folder of diffusers; or a file, if it ends in .safetensors")
@@ -221,7 +213,7 @@ def export_command(arguments: list[str] | None = None) -> None:
         "--guidance_interval", type=float, nargs=2, metavar=("LO", "HI"), default=None,
         help="t between which there is guidance (0 is noise, 1 is data); default: all",
     )  # fmt: skip
-    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    options = parse_options(parser, arguments)
     given = {name: options[name] for name in asdict(usual) if options[name] is not None}
     out = Path(options.out)
     if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
