@@ -9,9 +9,7 @@ standard deviation of each channel over all of it. Several ranks are started wit
 
 from __future__ import annotations
 
-import sys
 import time
-from argparse import ArgumentError
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from fm_stages.data import (
@@ -44,7 +42,8 @@ from fm_stages.data import (
     sums_of_shard,
     write_shard,
 )
-from fm_stages.oracle import together
+from fm_stages.oracle import gather_objects, together
+from fm_stages.studies.commands import check_least, command_parser, interruptible, parse_options
 from fm_stages.studies.ranks import Job, ranks_of_the_job
 
 
@@ -54,33 +53,28 @@ def encode_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages encode``; None: of this process.
     """
-    options = parse(sys.argv[2:] if arguments is None else arguments)
+    options = parse(arguments)
     out = Path(options.out).expanduser()
-    try:
-        with ranks_of_the_job() as job:
-            with together(job.group):
-                splits = _splits(Path(options.data).expanduser(), out)
-                vae = load_vae(options.vae, options.revision, options.precision, job.device(options.device))
-            class_names: list[str] | None = None
-            for name, folder in splits.items():
-                encoding = Encoding(
-                    options.image_size, options.flip and name != "val", options.moments, options.precision, options.seed
-                )
-                split = _Split(options, job, vae, encoding, folder, out / name, class_names)
-                split.run()
-                class_names = split.index.class_names
-    except KeyboardInterrupt:
-        print(f"\nfm-stages: interrupted; the same command goes on with what is in {out}", file=sys.stderr)
-        sys.exit(130)
+    with interruptible(f"the same command goes on with what is in {out}"), ranks_of_the_job() as job:
+        with together(job.group):
+            splits = _splits(Path(options.data).expanduser(), out)
+            vae = load_vae(options.vae, options.revision, options.precision, job.device(options.device))
+        class_names: list[str] | None = None
+        for name, folder in splits.items():
+            flip = options.flip and name != "val"
+            encoding = Encoding(options.image_size, flip, options.moments, options.precision, options.seed)
+            split = _Split(options, job, vae, encoding, folder, out / name, class_names)
+            split.run()
+            class_names = split.index.class_names
 
 
-def parse(arguments: list[str]) -> Namespace:
-    """The options.
+def parse(arguments: list[str] | None) -> Namespace:
+    """The options, of this process where no arguments are given.
 
     Raises:
         ValueError: if one is not understood, or lies outside its range.
     """
-    parser = ArgumentParser(prog="fm-stages encode", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("encode", __doc__)
     option = parser.add_argument
     option("--data", type=str, required=True, help="folder of images, of class folders, or of train and val")
     option(
@@ -98,13 +92,8 @@ def parse(arguments: list[str]) -> Namespace:
     option("--shard_rows", type=int | None, default=None, help="images of a shard; default: 10000, fewer of small sets")
     option("--revision", type=str | None, default=None, help="of a VAE on the hub: branch, tag or commit")
     option("--device", type=str | None, default=None, help="default: a GPU for each rank if there are any")
-    try:
-        options = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise ValueError(f"{error} (fm-stages encode --help lists what can be given)") from error
-    for name in ("image_size", "batch_size", "num_workers", "shard_rows"):
-        if options[name] is not None and options[name] < 1:
-            raise ValueError(f"--{name} {options[name]} must be 1 or more")
+    options = parse_options(parser, arguments)
+    check_least(options, 1, "image_size", "batch_size", "num_workers", "shard_rows")
     return options
 
 
@@ -177,7 +166,7 @@ class _Split:
             with together(job.group):
                 if job.rank == 0:
                     plan = [self._open(held)]
-            if job.group is not None:
+            if job.group is not None:  # and not gathered: the names of a million images, once for each rank
                 dist.broadcast_object_list(plan, group_src=0, group=job.group)
             self.images, self.index = plan[0]
             if self.index.complete and self.index.normalisation:
@@ -190,7 +179,7 @@ class _Split:
             with together(job.group):
                 if job.rank == 0:
                     self.index = complete_folder(self.out, statistics_of(combine_sums(parts)))
-            enlarged = sum(_gathered(num_enlarged, job))
+            enlarged = sum(gather_objects(num_enlarged, job.group))
             self._report(missing, seconds, enlarged)
 
     def _open(self, held: ExitStack) -> tuple[ImageFiles, LatentIndex]:
@@ -262,7 +251,7 @@ class _Split:
         with together(self.job.group):
             files = tqdm(own, "Statistics", unit="shard", disable=rank > 0, delay=2)
             sums = {number: sums_of_shard(self.out / self.index.file_of(number), self.encoding) for number in files}
-        every = {number: parts for those in _gathered(sums, self.job) for number, parts in those.items()}
+        every = {number: parts for those in gather_objects(sums, self.job.group) for number, parts in those.items()}
         return [part for number in sorted(every) for part in every[number]]
 
     def _report(self, num: int, seconds: float, num_enlarged: int) -> None:
@@ -286,12 +275,3 @@ class _Split:
     def _say(self, text: str) -> None:
         if self.job.rank == 0:
             print(text)
-
-
-def _gathered(value: Any, job: Job) -> list[Any]:
-    """What each rank has."""
-    if job.group is None:
-        return [value]
-    values: list[Any] = [None] * job.num_ranks
-    dist.all_gather_object(values, value, group=job.group)
-    return values

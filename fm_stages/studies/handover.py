@@ -8,8 +8,6 @@ show in which stage a model generalises.
 
 from __future__ import annotations
 
-import sys
-from argparse import ArgumentError
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +23,7 @@ from fm_stages import plots
 from fm_stages.data import TrainingData, remove_parts
 from fm_stages.flow import Solver, Velocity, keyed_generator, keyed_normal, solver_named, time_grid, unguided
 from fm_stages.oracle import DataBank, Oracle
+from fm_stages.studies.commands import check_least, command_parser, parse_options
 from fm_stages.studies.memorization.measure import MEMORIZED, nearest_sources
 from fm_stages.studies.models import WEIGHTS, Trained, label_rule, labels_of, load_trained
 from fm_stages.studies.text_files import write_json
@@ -215,7 +214,7 @@ def table(found: list[Closeness]) -> str:
 
 def handover_parser() -> ArgumentParser:
     """The options of the command."""
-    parser = ArgumentParser(prog="fm-stages handover", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("handover", __doc__)
     option = parser.add_argument
     option("--ckpt", type=str, required=True, help="checkpoint of fm-stages fit")
     option("--taus", type=float, nargs="+", default=list(TAUS), help="times of the hand-over, in t")
@@ -237,7 +236,7 @@ def handover_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages handover``; None: of this process.
     """
-    options = _parse(sys.argv[2:] if arguments is None else arguments)
+    options = _parse(arguments)
     solver = solver_named(options.solver)
     time_grid(options.num_steps, nodes=options.taus)  # refuses what cannot be
     trained = load_trained(options.ckpt, options.weights)
@@ -263,14 +262,9 @@ def handover_command(arguments: list[str] | None = None) -> None:
     print(f"Figure and JSON: {plots.save(figure, out / 'handover.png').parent}")
 
 
-def _parse(arguments: list[str]) -> Namespace:
-    try:
-        options = handover_parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise ValueError(f"{error} (fm-stages handover --help lists what can be given)") from error
-    for name in ("num", "columns", "batch_size"):
-        if options[name] < 1:
-            raise ValueError(f"--{name} {options[name]} must be 1 or more")
+def _parse(arguments: list[str] | None) -> Namespace:
+    options = parse_options(handover_parser(), arguments)
+    check_least(options, 1, "num", "columns", "batch_size")
     if wrong := [tau for tau in options.taus if not 0 <= tau <= 1]:
         raise ValueError(f"--taus {wrong[0]} must lie in [0, 1]")
     return options

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from argparse import ArgumentError
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from fm_stages.data import read_yaml_file, remove_parts
 from fm_stages.oracle import StageProfile
+from fm_stages.studies.commands import check_least, command_parser, interruptible, parse_options
 from fm_stages.studies.compare.arms import (
     Arm,
     choose_reference,
@@ -46,7 +46,7 @@ from fm_stages.training import ALLOWED_BY, read_checkpoint
 
 def compare_parser() -> ArgumentParser:
     """The options of the command."""
-    parser = ArgumentParser(prog="fm-stages compare", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("compare", __doc__)
     files: dict[str, Any] = {"type": str, "nargs": "+", "action": "extend", "required": True}
     parser.add_argument("--config", **files, help="the base, as for fit; a later file lies on an earlier one")
     parser.add_argument(
@@ -77,32 +77,18 @@ def compare_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages compare``; None: of this process.
     """
-    options = _parse(sys.argv[2:] if arguments is None else arguments)
+    options = parse_options(compare_parser(), arguments)
+    check_least(options, 1, "seeds")
     study = _Comparing(options)
     if options.dry_run:
         print(study.commands())
         return
-    try:
+    with interruptible(f"what was finished is in {study.out}, the same command goes on"):
         missing = study.work()
-    except KeyboardInterrupt:
-        print(
-            f"\nfm-stages: interrupted; what was finished is in {study.out}, the same command goes on", file=sys.stderr
-        )
-        sys.exit(130)
     for name, reason in missing.items():
         print(f"fm-stages: run {name} failed: {reason}", file=sys.stderr)
     if missing:
         sys.exit(1)
-
-
-def _parse(arguments: list[str]) -> Namespace:
-    try:
-        options = compare_parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise ValueError(f"{error} (fm-stages compare --help lists what can be given)") from error
-    if options.seeds < 1:
-        raise ValueError(f"--seeds {options.seeds} must be 1 or more")
-    return options
 
 
 class _Comparing:

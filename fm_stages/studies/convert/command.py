@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from fm_stages.networks import null_row_is_untrained
+from fm_stages.studies.commands import command_parser, parse_options
 from fm_stages.studies.convert.files import read_weights, write_network
 from fm_stages.studies.convert.layouts import LABELS, recognize
 from fm_stages.studies.convert.weights import drop_sigma, reverse_time
@@ -115,7 +114,7 @@ def import_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages import``; None: of this process.
     """
-    parser = ArgumentParser(prog="fm-stages import", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("import", __doc__)
     add = parser.add_argument
     add("--ckpt", type=str, required=True, help="file of torch.save, or .safetensors")
     add("--out", type=str, required=True, help="file to write, .ckpt or .safetensors")
@@ -127,5 +126,5 @@ def import_command(arguments: list[str] | None = None) -> None:
     add("--time_scale", type=float | None, default=None, help="what the source multiplies t by, if not its kind's")
     add("--path", choices=["LinearPath", "CosinePath", "VPPath"], default="LinearPath", help="that it was trained on")
     add("--unpickle", action="store_true", help="read a file that can run any code: only from people you trust")
-    options = vars(parser.parse_args(sys.argv[2:] if arguments is None else arguments))
+    options = vars(parse_options(parser, arguments))
     print(import_network(options.pop("ckpt"), **options))

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from fm_stages import plots
 from fm_stages.data import TrainingData, pictures_of, remove_parts
 from fm_stages.networks import LabelEmbedding
 from fm_stages.oracle import Curves, StageProfile, oracle_of
+from fm_stages.studies.commands import check_least, command_parser, parse_options
 from fm_stages.studies.diagnose.measure import diagnose
 from fm_stages.studies.diagnose.several import compare_checkpoints, load_checkpoints
 from fm_stages.studies.runs import load_run
@@ -39,7 +39,7 @@ def diagnose_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages diagnose``; None: of this process.
     """
-    parser = ArgumentParser(prog="fm-stages diagnose", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("diagnose", __doc__)
     option = parser.add_argument
     option(
         "--ckpt", type=str, action="append", required=True, metavar="[NAME=]FILE",
@@ -50,9 +50,8 @@ def diagnose_command(arguments: list[str] | None = None) -> None:
     option("--out", type=str | None, default=None, help="folder of the results; default: beside the run")
     option("--num_samples", type=int, default=2048, help="images of each split")
     option("--seed", type=int, default=0, help="of noise and times")
-    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
-    if options.num_samples < 1:
-        raise ValueError(f"--num_samples {options.num_samples} must be 1 or more")
+    options = parse_options(parser, arguments)
+    check_least(options, 1, "num_samples")
     files = _named(options.ckpt)
     folder = Path(next(iter(files.values()))).absolute().parent.parent
     if len(files) == 1:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from fm_stages.studies.commands import interruptible
 from fm_stages.studies.doctor.data import check_identity, check_labels, check_membership, check_rows
 from fm_stages.studies.doctor.draws import check_batch, check_noise, check_times
 from fm_stages.studies.doctor.lines import LEVELS, Line, worst
@@ -76,16 +77,13 @@ def doctor_command(arguments: list[str] | None = None) -> None:
     with _quiet():
         run = plan_run(of_fit)
         weights = load_weights(run, options.ckpt or run.config.ckpt_path)
-        try:
+        with interruptible():
             lines = examine(run, weights)
-        except KeyboardInterrupt:
-            print("\nfm-stages: interrupted", file=sys.stderr)
-            sys.exit(130)
     counts = Counter(line.level for line in lines)
     print(f"\n{', '.join(f'{counts[level]} {level}' for level in LEVELS)}, in {time.perf_counter() - start:.0f} s")
     if options.json is not None:
         report = {"level": worst(counts), "ranks": run.num_ranks, "lines": [asdict(line) for line in lines]}
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")  # which may be /dev/stdout
     if counts["red"] or (options.strict and counts["yellow"]):
         sys.exit(1)
 

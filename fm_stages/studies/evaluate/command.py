@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fm_stages.data import TrainingData, remove_parts
 from fm_stages.oracle import together
+from fm_stages.studies.commands import interruptible
 from fm_stages.studies.drawing import Drawing
 from fm_stages.studies.evaluate.features import FeatureSet, extract
 from fm_stages.studies.evaluate.files import open_images, read_record
@@ -43,13 +44,9 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages evaluate``; None: of this process.
     """
-    parser, options = parse(sys.argv[2:] if arguments is None else arguments, __doc__ or "")
-    try:
-        with ranks_of_the_job() as job:
-            _Evaluation(parser, options, job).run()
-    except KeyboardInterrupt:
-        print("\nfm-stages: interrupted; no report was written", file=sys.stderr)
-        sys.exit(130)
+    parser, options = parse(arguments, __doc__ or "")
+    with interruptible("no report was written"), ranks_of_the_job() as job:
+        _Evaluation(parser, options, job).run()
 
 
 class _Evaluation:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from argparse import ArgumentError
+import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from fm_stages.studies.commands import check_least, command_parser, parse_options
 from fm_stages.studies.evaluate.images import SPLITS
 from fm_stages.studies.sample.options import add_drawing_options, check_drawing_options
 
@@ -25,7 +25,7 @@ ANYWAY = ("batch_size", "device")
 
 def evaluate_parser(purpose: str) -> ArgumentParser:
     """The options of the command; ``purpose`` is what its help begins with."""
-    parser = ArgumentParser(prog="fm-stages evaluate", description=purpose, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("evaluate", purpose)
     option = parser.add_argument
     option(
         "--samples", type=str | None, default=None, metavar="PLACE",
@@ -49,23 +49,16 @@ def evaluate_parser(purpose: str) -> ArgumentParser:
     return parser
 
 
-def parse(arguments: list[str], purpose: str) -> tuple[ArgumentParser, Namespace]:
+def parse(arguments: list[str] | None, purpose: str) -> tuple[ArgumentParser, Namespace]:
     """The options, checked as far as they can be without the network; and the parser, which makes the extractor.
 
     Raises:
         ValueError: if they do not go together; the message names the option.
     """
     parser = evaluate_parser(purpose)
-    try:
-        options = parser.parse_args(_features_by_file(arguments))
-    except ArgumentError as error:
-        reason = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", str(error))
-        raise ValueError(f"{reason} (fm-stages evaluate --help lists what can be given)") from error
-    for name in ("num", "num_reference"):
-        if options[name] is not None and options[name] < 2:
-            raise ValueError(f"--{name} {options[name]} must be 2 or more")
-    if options.num_memorization < 0:
-        raise ValueError(f"--num_memorization {options.num_memorization} must be 0 or more")
+    options = parse_options(parser, _features_by_file(sys.argv[2:] if arguments is None else arguments))
+    check_least(options, 2, "num", "num_reference")
+    check_least(options, 0, "num_memorization")
     if options.samples is None:
         if options.ckpt is None and not options.expert:
             raise ValueError("--ckpt names a checkpoint to draw from, --samples images in files: give one of them")
@@ -74,8 +67,7 @@ def parse(arguments: list[str], purpose: str) -> tuple[ArgumentParser, Namespace
         return parser, options
     if given := [name for name in _drawing_names() if options[name] != parser.get_default(name)]:
         raise ValueError(f"--{given[0]} is of drawing, and --samples {options.samples} was drawn before: leave it out")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size {options.batch_size} must be 1 or more")
+    check_least(options, 1, "batch_size")
     return parser, options
 
 

@@ -6,9 +6,7 @@ as many threads.
 
 from __future__ import annotations
 
-import sys
 import time
-from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fm_stages.data import TrainingData
+from fm_stages.studies.commands import check_least, command_parser, interruptible, parse_options, refusing
 from fm_stages.studies.features.classifier import Classifier, write_classifier
 from fm_stages.studies.features.weights import sha256_of
 from fm_stages.studies.ranks import Job
@@ -32,11 +31,9 @@ def features_command(arguments: list[str] | None = None) -> None:
         arguments: those after ``fm-stages features``; None: of this process.
     """
     parser = _parser()
-    try:
-        options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    options = parse_options(parser, arguments)
+    with refusing(parser):
         data: TrainingData = instantiate(parser, options).data
-    except ArgumentError as error:
-        raise ValueError(f"{error} (fm-stages features --help lists what can be given)") from error
     _check(options)
     device, out = Job().device(options.device), Path(options.out)
     said = yaml.safe_load(parser.dump(options))
@@ -47,13 +44,10 @@ def features_command(arguments: list[str] | None = None) -> None:
     data.prepare_data()
     data.setup()
     start = time.perf_counter()
-    try:
+    with interruptible("nothing was written"):
         network = train_classifier(
             data, options.num_features, options.num_epochs, options.lr, options.weight_decay, options.seed, device
         )
-    except KeyboardInterrupt:
-        print("\nfm-stages: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
     accuracy = measure_accuracy(network, data, device)
     training = {name: said[name] for name in ("data", "num_epochs", "lr", "weight_decay", "seed")}
     write_classifier(out, network, accuracy, training)
@@ -66,7 +60,7 @@ def features_command(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="fm-stages features", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("features", __doc__)
     parser.add_argument("--config", action="config", help="YAML of the options below")
     parser.add_argument("--data", type=TrainingData, required=True, help="data module with labels, by class path")
     parser.add_argument("--num_features", type=int, default=128, help="units of the penultimate layer")
@@ -80,9 +74,7 @@ def _parser() -> ArgumentParser:
 
 
 def _check(options: Namespace) -> None:
-    for name in ("num_features", "num_epochs"):
-        if options[name] < 1:
-            raise ValueError(f"--{name} {options[name]} must be 1 or more")
+    check_least(options, 1, "num_features", "num_epochs")
     if not options.lr > 0 or not options.weight_decay >= 0:
         raise ValueError(f"--lr {options.lr} must be above 0 and --weight_decay {options.weight_decay} 0 or more")
     if Path(options.out).suffix != ".safetensors":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import warnings
-from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,11 +16,13 @@ from fm_stages import flow, plots
 from fm_stages.data import remove_parts
 from fm_stages.flow import TimestepSampler
 from fm_stages.oracle import Oracle
+from fm_stages.studies.commands import check_least, command_parser, interruptible, parse_options, refusing
 from fm_stages.studies.profile.pictures import draw_pictures
 from fm_stages.studies.profile.recommend import SHARE
 from fm_stages.studies.profile.study import LABEL_DROPOUT, Study, study_stages
 from fm_stages.studies.profile.text import comparison, summary
 from fm_stages.studies.profile.trends import has_trend
+from fm_stages.studies.ranks import Job
 from fm_stages.studies.sources import Source, open_source
 from fm_stages.studies.text_files import write_text
 from fm_stages.training import instantiate
@@ -34,7 +33,7 @@ FIGURES = ("trends", "posterior", "oracle_paths")
 
 def profile_parser() -> ArgumentParser:
     """The options of the command."""
-    parser = ArgumentParser(prog="fm-stages profile", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("profile", __doc__)
     parser.add_argument(
         "--data",
         type=str,
@@ -92,27 +91,17 @@ def profile_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages profile``; None: of this process.
     """
-    options = _parse(sys.argv[2:] if arguments is None else arguments)
+    parser = profile_parser()
+    options = parse_options(parser, arguments)
+    with refusing(parser):
+        options = instantiate(parser, options)  # path and density
     device = _check(options)
     sources, out = _sources(options), _folder(options.out)
-    try:
+    with interruptible(f"what was finished is in {out}"):
         _measure(options, sources, out, device)
-    except KeyboardInterrupt:
-        print(f"\nfm-stages: interrupted; what was finished is in {out}", file=sys.stderr)
-        sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> Namespace:
-    """The options, path and density as objects."""
-    parser = profile_parser()
-    try:
-        return instantiate(parser, parser.parse_args(arguments))
-    except ArgumentError as error:
-        reason = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", str(error))
-        raise ValueError(f"{reason} (fm-stages profile --help lists what can be given)") from error
-
-
-def _measure(options: Namespace, sources: list[Source], out: Path, device: str) -> None:
+def _measure(options: Namespace, sources: list[Source], out: Path, device: torch.device) -> None:
     """Measure, print, draw and log one training set after the other, and then all together."""
     measured = {name: options[name] for name in ("label_dropout", "timesteps", "share", "trends")}
     measured |= {name: options[name] for name in ("num_queries", "num_times", "seed")}
@@ -142,22 +131,15 @@ def _measure(options: Namespace, sources: list[Source], out: Path, device: str) 
         log_studies(studies, options.wandb, out)
 
 
-def _check(options: Namespace) -> str:
+def _check(options: Namespace) -> torch.device:
     """Refuse what would fail after a long measurement; the device to measure on."""
     if not 0 < options.share < 1:
         raise ValueError(f"--share {options.share} must lie in (0, 1)")
     if options.label_dropout is not None and not 0 <= options.label_dropout <= 1:
         raise ValueError(f"--label_dropout {options.label_dropout} must lie in [0, 1]")
-    for name, least in (("num_queries", 2), ("num_times", 3)):
-        if options[name] < least:
-            raise ValueError(f"--{name} {options[name]} must be {least} or more")
-    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0]
-        raise ValueError(f"--device {device} cannot be used, leave it out or take cpu: {reason}") from error
-    return device
+    check_least(options, 2, "num_queries")
+    check_least(options, 3, "num_times")
+    return Job().device(options.device)
 
 
 def _sources(options: Namespace) -> list[Source]:

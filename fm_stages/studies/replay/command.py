@@ -7,18 +7,17 @@ those that the step began with where the record holds them, else the newest chec
 from __future__ import annotations
 
 import math
-import sys
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from fm_stages.data import Planned, TrainingData, load_safetensors, read_json, read_yaml
 from fm_stages.flow import keyed_normal
 from fm_stages.oracle import oracle_of
+from fm_stages.studies.commands import command_parser, parse_options
 from fm_stages.studies.replay.measure import Found, gradient_norm, replay_part
 from fm_stages.studies.runs import build_run
 from fm_stages.training import CONFIG_KEY, FlowMatching, explain, find_before, flight, read_checkpoint
@@ -36,10 +35,10 @@ def replay_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages replay``; None: of this process.
     """
-    parser = ArgumentParser(prog="fm-stages replay", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("replay", __doc__)
     parser.add_argument("--record", type=str, required=True, help="folder: RUN/flight/step_XXXXXXX")
     parser.add_argument("--ckpt", type=str | None, default=None, help="weights of this checkpoint, whatever there is")
-    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    options = parse_options(parser, arguments)
     folder = Path(options.record)
     record = read_record(folder)
     print(f"{folder}: step {record['step']}, {record['kind']}, {record['action']}. {record['what']}.")

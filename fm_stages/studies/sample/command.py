@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jsonargparse import Namespace
 from tqdm import tqdm
 
 from fm_stages.data import PART, read_json, whole_file
 from fm_stages.flow import SAME_IMAGE
-from fm_stages.oracle import together
+from fm_stages.oracle import gather_objects, together
+from fm_stages.studies.commands import interruptible
 from fm_stages.studies.drawing import Drawing
 from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.studies.sample.costs import COUNTED, Meter, costs_per_image, describe_costs
@@ -41,13 +41,9 @@ def sample_command(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those after ``fm-stages sample``; None: of this process.
     """
-    options = parse(sys.argv[2:] if arguments is None else arguments, __doc__ or "")
-    try:
-        with ranks_of_the_job() as job:
-            _Drawing(options, job).run()
-    except KeyboardInterrupt:
-        print(f"\nfm-stages: interrupted; the same command goes on with what is in {options.out}", file=sys.stderr)
-        sys.exit(130)
+    options = parse(arguments, __doc__ or "")
+    with interruptible(f"the same command goes on with what is in {options.out}"), ranks_of_the_job() as job:
+        _Drawing(options, job).run()
 
 
 class _Drawing:
@@ -75,11 +71,7 @@ class _Drawing:
 
     def run(self) -> None:
         """Draw this rank's part; rank 0 then completes the folder."""
-        own = self._draw()
-        parts: list[Any] = [own]
-        if self.job.group is not None:
-            parts = [None] * self.job.num_ranks
-            dist.all_gather_object(parts, own, group=self.job.group)  # also the end of all drawing
+        parts = gather_objects(self._draw(), self.job.group)  # also the end of all drawing
         if self.job.rank == 0:
             self._complete(parts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from fm_stages.flow import (
     time_grid,
 )
 from fm_stages.oracle import StageProfile
+from fm_stages.studies.commands import check_least, command_parser, parse_options
 from fm_stages.studies.models import WEIGHTS, Trained, check_guidance, label_rule
 from fm_stages.studies.sample.files import FORMATS
 
@@ -32,7 +32,7 @@ DEFAULTS = {"num_steps": 50, "shift": 1.0, "diffusion": "sigma", "tolerance": 1e
 
 def sample_parser(purpose: str) -> ArgumentParser:
     """The options of the command; ``purpose`` is what its help begins with."""
-    parser = ArgumentParser(prog="fm-stages sample", description=purpose, exit_on_error=False, allow_abbrev=False)
+    parser = command_parser("sample", purpose)
     option = parser.add_argument
     option("--num", type=int, required=True, help="images in all, over all ranks")
     option("--out", type=str, required=True, help="folder of the images; a new one, or one to go on with")
@@ -82,18 +82,14 @@ def add_drawing_options(parser: ArgumentParser) -> None:
     option("--device", type=str | None, default=None, help="default: a GPU for each rank if there are any")
 
 
-def parse(arguments: list[str], purpose: str) -> Namespace:
-    """The options, checked as far as they can be without the network.
+def parse(arguments: list[str] | None, purpose: str) -> Namespace:
+    """The options, of this process where no arguments are given, checked as far as they can be without the network.
 
     Raises:
         ValueError: if they do not go together; the message names the option.
     """
-    try:
-        options = sample_parser(purpose).parse_args(arguments)
-    except ArgumentError as error:
-        raise ValueError(f"{error} (fm-stages sample --help lists what can be given)") from error
-    if options.num < 1:
-        raise ValueError(f"--num {options.num} must be 1 or more")
+    options = parse_options(sample_parser(purpose), arguments)
+    check_least(options, 1, "num")
     check_drawing_options(options)
     return options
 
@@ -104,8 +100,7 @@ def check_drawing_options(options: Namespace) -> None:
     Raises:
         ValueError: if options of `add_drawing_options` do not go together; the message names the option.
     """
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size {options.batch_size} must be 1 or more")
+    check_least(options, 1, "batch_size")
     solver = options.solver
     if solver not in (*SOLVERS, SDE):
         raise ValueError(f"--solver {solver}: there is no such solver; there are {', '.join(SOLVERS)} and {SDE}")
