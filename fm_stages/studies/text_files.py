@@ -1,9 +1,11 @@
-"""Text and JSON files of a study, each there as a whole or not at all."""
+"""Text, JSON and tables of a study as files, each there as a whole or not at all."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write nested numbers and text as JSON, which knows no NaN: null stands for what was not measured."""
     write_text(path, json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table."""
+    with whole_file(path) as part, part.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
 
 
 def without_nan(value: Any) -> Any:

@@ -26,8 +26,9 @@ from fm_stages.studies.compare.arms import (
     resolve,
     resolve_arms,
 )
+from fm_stages.studies.compare.comparison import Comparison
 from fm_stages.studies.compare.measure import Probe, ProbeSettings, measure_stages
-from fm_stages.studies.compare.report import Comparison, write_report
+from fm_stages.studies.compare.report import write_report
 from fm_stages.studies.compare.runs import (
     Run,
     RunFailedError,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fm_stages.studies.compare.measure import PROGRESS
+from fm_stages.studies.compare.statistics import mean_and_error
 
 Results = Mapping[str, Mapping[int, dict[str, Any]]]
 """Of finished runs, by arm and seed, as ``result.json`` holds them."""
@@ -100,6 +101,5 @@ def progress_curves(results: Results) -> dict[str, dict[str, Any]]:
                 ],
                 dtype=float,
             )
-            error = rows.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.zeros(rows.shape[1])
-            curves[arm][name] = {"mean": rows.mean(0).tolist(), "sem": error.tolist()}
+            curves[arm][name] = dict(zip(("mean", "sem"), mean_and_error(rows), strict=True))
     return curves

@@ -68,6 +68,12 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired |
     return Paired(mean, num, beside, float(mean - reach * error), float(mean + reach * error), float(smallest))
 
 
+def mean_and_error(rows: np.ndarray) -> tuple[list[float], list[float]]:
+    """Over seeds (S, K): the mean (K) and its standard error (K), 0 for one seed."""
+    error = rows.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.zeros(rows.shape[1])
+    return rows.mean(0).tolist(), error.tolist()
+
+
 def mean_of(values: Sequence[float]) -> float:
     """Mean of the finite ones, NaN if there are none."""
     finite = [x for x in values if math.isfinite(x)]

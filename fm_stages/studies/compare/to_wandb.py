@@ -6,7 +6,7 @@ from pathlib import Path
 
 import wandb
 
-from fm_stages.studies.compare.report import COLUMNS, Comparison
+from fm_stages.studies.compare.comparison import COLUMNS, Comparison
 from fm_stages.studies.compare.statistics import mean_of
 from fm_stages.training import choose_wandb_mode
 

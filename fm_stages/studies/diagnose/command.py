@@ -6,7 +6,6 @@ held against the first one by stage.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from fm_stages.studies.diagnose.measure import diagnose
 from fm_stages.studies.diagnose.several import compare_checkpoints, load_checkpoints
 from fm_stages.studies.runs import load_run
 from fm_stages.studies.sources import split_name
-from fm_stages.studies.text_files import write_json
+from fm_stages.studies.text_files import write_csv, write_json
 from fm_stages.training import FlowMatching, closed, network_weights, predict_data, prediction_figure, report
 
 WEIGHTS = {"raw": "raw", "ema": "EMA"}
@@ -151,6 +150,4 @@ def _draw_predictions(
     to_picture, note = shown
     found = predict_data({weights: module.network}, oracle, profile, seed=seed)
     plots.save(prediction_figure(found, to_picture, step, note), folder / "predictions.png")
-    columns, rows = found.table()
-    with (folder / "predictions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+    write_csv(folder / "predictions.csv", *found.table())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fm_stages import plots
-from fm_stages.data import whole_file
 from fm_stages.studies.evaluate.features import FeatureSet
 from fm_stages.studies.evaluate.files import UNKNOWN
 from fm_stages.studies.evaluate.scores import Scores, balance, warnings_of
-from fm_stages.studies.text_files import write_json, write_text
+from fm_stages.studies.text_files import write_csv, write_json, write_text
 
 ROWS = (
     ("fid", "FID", "lower is better; falls with the number of images"),
@@ -219,13 +217,9 @@ def write_report(report: dict[str, Any], sets: tuple[FeatureSet, FeatureSet, Fea
     )  # fmt: skip
     files = [out / name for name in ("evaluation.png", "evaluation.csv", "evaluation.md", "evaluation.json")]
     plots.save(figure, files[0])
-    with whole_file(files[1]) as part, part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["number", "samples", "real_images"])
-        writer.writerows(
-            [key, report["scores"].get(key, ""), report["yardstick"].get(key, "")]
-            for key in {**report["scores"], **report["yardstick"]}
-        )
+    both = report["scores"], report["yardstick"]
+    rows = [[key, *(values.get(key, "") for values in both)] for key in {**both[0], **both[1]}]
+    write_csv(files[1], ["number", "samples", "real_images"], rows)
     write_text(files[2], text_of(report) + "\n")
     write_json(files[3], report)
     return files

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_stages import plots
-from fm_stages.data import TrainingData, pictures_of, whole_file
+from fm_stages.data import TrainingData, pictures_of
 from fm_stages.flow import LinearPath
 from fm_stages.oracle import DataBank, Oracle, StageProfile, Wiener, gather_objects, together
 from fm_stages.studies.memorization.calibration import draw_calibration
@@ -30,7 +29,7 @@ from fm_stages.studies.memorization.measure import MEMORIZED, Closest, Summary, 
 from fm_stages.studies.memorization.references import NotMeasured, References
 from fm_stages.studies.memorization.text import table
 from fm_stages.studies.ranks import Job
-from fm_stages.studies.text_files import write_json
+from fm_stages.studies.text_files import write_csv, write_json
 from fm_stages.training import FlowMatching
 
 __all__ = ["MEMORIZED", "Memorization", "NotMeasured", "References", "memorization_index", "study_memorization"]
@@ -266,9 +265,7 @@ def _pairs(
 def _write(result: Memorization, pairs: list[dict[str, Any] | None], out: Path) -> None:
     """The files, each there as a whole or not at all."""
     write_json(out / "memorization.json", result.plain())
-    with whole_file(out / "memorization.csv") as part, part.open("w", newline="") as file:
-        columns, rows = result.closest.table()
-        csv.writer(file).writerows([columns, *rows])
+    write_csv(out / "memorization.csv", *result.closest.table())
     samples, fresh = pairs
     if samples and fresh:
         plots.save(

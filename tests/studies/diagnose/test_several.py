@@ -10,13 +10,9 @@ import pytest
 import torch
 
 from fm_stages.oracle import Curves, Oracle, timestep_bins
+from fm_stages.studies.diagnose.comparison import CheckpointComparison, CheckpointCurves
 from fm_stages.studies.diagnose.measure import probe
-from fm_stages.studies.diagnose.several import (
-    CheckpointComparison,
-    CheckpointCurves,
-    compare_checkpoints,
-    load_checkpoints,
-)
+from fm_stages.studies.diagnose.several import compare_checkpoints, load_checkpoints
 
 NUM = 96
 
