@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-import warnings
 from argparse import ArgumentError
 from importlib.resources import files
 from pathlib import Path
@@ -39,22 +37,12 @@ from fm_stages.training.progress import StepProgressBar
 from fm_stages.training.run_config import RunConfig, logger_arguments, loggers_of
 from fm_stages.training.samples import SampleGrid
 from fm_stages.training.sharding import check_strategy
+from fm_stages.training.silence import silence
 from fm_stages.training.steering.callback import StageAware
 from fm_stages.training.throughput import Throughput
 
 BASE = str(files("fm_stages") / "base.yaml")
 """The default configuration, which configs/*.yaml and the command line lie on top of."""
-
-HARMLESS = (
-    "LightningCLI's args parameter is intended",  # of a rehearsal, whose arguments are the command's and some more
-    "The number of training batches",  # logging counts steps of the run, not of an epoch
-    "Found .* module.s. in eval mode",  # the frozen twin
-    "The '.*' does not have many workers",  # the images are in memory
-    "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning on new versions of torch
-    "The `srun` command is available",  # `find_launcher` knows
-    "FSDP2-wrapped module .* returned a view tensor",  # which nobody changes in place
-)
-"""Warnings that say nothing to the person who reads the log of a run."""
 
 SECTIONS = (
     "seed_everything",
@@ -97,12 +85,7 @@ class TrainingCLI(LightningCLI):
     """``fit`` and ``validate``: model, data and trainer from YAML, on top of the package's defaults."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        for message in HARMLESS:
-            warnings.filterwarnings("ignore", message)
-        # an advertisement, in every run
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-            lambda r: "litlogger" not in r.getMessage()
-        )
+        silence()
         defaults = {"default_config_files": [BASE], "exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             FlowMatching,

@@ -216,7 +216,7 @@ class OracleMonitor(Findings, L.Callback):
         share = self._share_of(trainer, pl_module, seen)
         if self._share != share:
             self._prepare(trainer, pl_module, seen, share)
-        self._window = self._new_window(pl_module)
+        self._window = Window(QUANTITIES, self._edges(), pl_module.device)
         if self._restored is not None and self._restored["window"] is not None:
             self._window.load_state_dict(self._restored["window"])
         self._restored = None
@@ -227,10 +227,10 @@ class OracleMonitor(Findings, L.Callback):
         told = kept if self.label_dropout is None and not hasattr(pl_module, "label_dropout") else self.label_dropout
         return label_dropout_of(trainer, pl_module, self.oracle, told, seen.get("labels"))
 
-    def _new_window(self, pl_module: L.LightningModule) -> Window:
+    def _edges(self) -> list[float]:
+        """Of the timestep bins, with the boundary among them."""
         assert self.profile is not None
-        edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
-        return Window(QUANTITIES, edges, pl_module.device)
+        return timestep_bins(self.num_bins, boundary=self.profile.boundary)
 
     def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
         """Reduce over ranks, log scalars, table and figure, test the identity, open a new window; returns the gap."""
@@ -250,7 +250,7 @@ class OracleMonitor(Findings, L.Callback):
         self.logged_step = trainer.global_step
         self.windows.add(self.logged_step, {"train": self.train})
         self._figures.draw(trainer, self)
-        self._window = self._new_window(pl_module)
+        self._window = Window(QUANTITIES, self._edges(), pl_module.device)
         # what was just spent on logging counts for the window that it delays
         self._window.start, self._window.oracle_sec = start, _clock(pl_module.device) - start
         return metrics["oracle/gap"]
@@ -279,8 +279,8 @@ class OracleMonitor(Findings, L.Callback):
             self._prepare(trainer, pl_module, seen, self._share_of(trainer, pl_module, seen))
         assert self.profile is not None
         if self._validation is None:
-            edges = timestep_bins(self.num_bins, boundary=self.profile.boundary)
-            self._validation = Validation(self.oracle, self.wiener, edges, self.profile.boundary, pl_module.device)
+            boundary, device = self.profile.boundary, pl_module.device
+            self._validation = Validation(self.oracle, self.wiener, self._edges(), boundary, device)
         self._validation.add(seen)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
