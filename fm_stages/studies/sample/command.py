@@ -28,6 +28,7 @@ from fm_stages.studies.ranks import Job, ranks_of_the_job
 from fm_stages.studies.sample.costs import COUNTED, Meter, costs_per_image, describe_costs
 from fm_stages.studies.sample.files import FORMATS, ImageFiles
 from fm_stages.studies.sample.options import one_or_all, parse
+from fm_stages.studies.sources import open_data
 from fm_stages.studies.text_files import write_json
 from fm_stages.training import save_grid
 
@@ -54,15 +55,17 @@ class _Drawing:
         with together(job.group):
             self.device = job.device(options.device)
             self.drawing = Drawing.of(options, self.device)
-            self.settings, self.shape, data = self.drawing.settings, self.drawing.shape, self.drawing.data
+            self.settings, self.shape = self.drawing.settings, self.drawing.shape
+            data = open_data(options.data) if options.data else self.drawing.data
             pixels = None if data is None else data.picture_shape(self.shape)
             # what a network draws, where nothing says how it becomes pixels: latents without a VAE
             self.to_pixels = None if data is None or pixels is None else data.to_pixels
             if self.to_pixels is None and options.format != "safetensors":
                 lacks = "names no data" if data is None else "names data without a VAE"
+                named = f"--data {options.data}" if options.data else self.drawing.files[0]
                 raise ValueError(
-                    f"--format {options.format}: {self.drawing.files[0]} {lacks}, so nothing says how its values "
-                    "become pixels; --format safetensors writes them as they are, in float32"
+                    f"--format {options.format}: {named} {lacks}, so nothing says how values become pixels: name data "
+                    "that does with --data, or --format safetensors writes them as they are, in float32"
                 )
             self.files: ImageFiles = FORMATS[options.format](self.out, options.num, pixels or self.shape)
             self.record = self._open() if job.rank == 0 else {}
@@ -79,6 +82,7 @@ class _Drawing:
         """Make the folder, or take it up again; what ``sampling.json`` says."""
         file = self.out / RECORD
         new = {"num": self.options.num, "format": self.options.format, **self.settings.plain}
+        new |= {"data": self.options.data} if self.options.data else {}
         record: dict[str, Any] = {"checkpoint": one_or_all(list(self.drawing.files)), "settings": new}
         record |= {"finished": False, "flops": COUNTED, "calls": []}
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []

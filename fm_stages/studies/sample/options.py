@@ -42,6 +42,11 @@ def sample_parser(purpose: str) -> ArgumentParser:
         default="png",
         help="png: images/; npz: one file, as evaluators read it; safetensors: shards",
     )
+    option(
+        "--data", type=str | None, default=None,
+        help="config, checkpoint or class path of the data that makes pixels of what is drawn; default: those that the "
+        "checkpoint was trained on",
+    )  # fmt: skip
     add_drawing_options(parser)
     return parser
 

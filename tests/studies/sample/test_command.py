@@ -148,12 +148,23 @@ class TestFormats:
         arguments = ["sample", "--ckpt", path, "--num", 5, "--out", "out", "--num_steps", STEPS]
         done = command(*arguments)
         assert done.status == 2
-        assert "--format safetensors writes them as they are" in done.err
+        assert "name data that does with --data, or --format safetensors writes them as they are" in done.err
         assert command(*arguments, "--format", "safetensors").status == 0
         images = load_file("out/shards/000000.safetensors")["images"]
         plain = sample(random_network(2), torch.arange(5), (1, 8, 8), num_steps=STEPS)
         torch.testing.assert_close(images, plain, rtol=0, atol=1e-5)
         assert not Path("out/grid.png").exists()
+
+    def test_data_that_is_named_makes_pixels_of_it(self, command, write_checkpoint, random_network):
+        path = write_checkpoint(Path("imported.ckpt"), data=False)
+        arguments = ["sample", "--ckpt", path, "--num", 5, "--out", "out", "--num_steps", STEPS, "--data"]
+        assert command(*arguments, "Digits").status == 0
+        plain = sample(random_network(2), torch.arange(5), (1, 8, 8), num_steps=STEPS)
+        assert_same(pngs(), pixels_of(plain))
+        assert record()["settings"]["data"] == "Digits"
+        other = command(*arguments, "{class_path: Digits, init_args: {flip: true}}")
+        assert other.status == 2
+        assert "holds other images: data was Digits and is {class_path" in other.err
 
     @pytest.mark.parametrize("kind", sample_files.FORMATS)
     def test_an_error_while_writing_leaves_no_file(self, kind, tmp_path, monkeypatch):
