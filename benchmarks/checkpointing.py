@@ -119,8 +119,6 @@ def main() -> None:
     options.add_argument("--batch-size", type=positive, default=1)
     options.add_argument("--folder", help="on the file system to measure (default: the system's temporary one)")
     chosen = options.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore", ".*does not have many workers|.*val_dataloader|.*The `dirpath`|.*is not empty")
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         clock, num_bytes = measure(chosen.size, chosen.rounds, chosen.batch_size, Path(folder))

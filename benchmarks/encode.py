@@ -58,8 +58,6 @@ def main() -> None:
     options.add_argument("--batch_size", type=positive, default=8)
     options.add_argument("--device", default="cpu")
     chosen = options.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     vae, encoding = random_vae(chosen.device), Encoding(chosen.image_size)
     with tempfile.TemporaryDirectory() as place:
         write_images(Path(place, "images"), chosen.num)

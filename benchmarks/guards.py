@@ -117,8 +117,6 @@ def main() -> None:
     made.add_argument("--whole", action="store_true", help="do not time the hooks: only whole blocks")
     add_config_options(made)
     options, overrides = made.parse_known_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     guards, device, what = measure(options, overrides)
     pairs, block = guards.pairs, options.block
     more_sec = [b - a for a, b in zip(guards.clip_sec, guards.own_sec, strict=True)]

@@ -149,8 +149,6 @@ def main() -> None:
     made.add_argument("--folder", help="where to write the shards, 32 KiB for each image (default: a temporary place)")
     made.add_argument("--open", help=argparse.SUPPRESS)
     options = made.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.open:
         open_folder(options.open)
         return

@@ -184,8 +184,6 @@ def main() -> None:
     made.add_argument("--steps", type=positive, default=20, help="steps of a block (default: 20)")
     add_config_options(made)
     options, overrides = made.parse_known_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     rows, notes = [], []
     for name, more, rounds in (("as configured", [], 1), ("a tiny network", SMALL, 2)):
         row, note = compare(options.config, [*overrides, *more], options.steps, rounds * options.rounds, name)

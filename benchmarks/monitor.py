@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from timing import Pairs, clock, machine, parser, spread, table
 from tqdm import tqdm
 from training_run import add_config_options, from_config, parts
@@ -231,8 +230,6 @@ def main() -> None:
     made.add_argument("--full", action="store_true", help="alternate whole windows: minutes for each round")
     add_config_options(made)
     options, overrides = made.parse_known_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.full:
         full(options.config, overrides, options.rounds or 3)
     else:

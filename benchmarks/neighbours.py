@@ -32,8 +32,6 @@ def main() -> None:
     options.add_argument("--nums", type=positive, nargs="+", default=[2, 3], help="how many nearest rows")
     options.add_argument("--device", default="cpu")
     chosen = options.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device)
     data = FashionMNIST()
     data.setup()

@@ -162,8 +162,6 @@ def main() -> None:
     )
     made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to make (default: all)")
     options = made.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
 
     bank, name = load_bank(options.rows, options.device)
     print(f"{name}, {options.queries} queries, {options.rounds} rounds; {machine(options.device)}", flush=True)

@@ -166,8 +166,6 @@ def main() -> None:
     made.add_argument("--queries", type=positive, default=256, help="queries B (default: 256)")
     made.add_argument("--classes", type=positive, default=1000, help="labels (default: 1000)")
     options = made.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     cpu = torch.device(options.device).type == "cpu"
     if cpu and not options.tiny:
         print("No CUDA device: not run. --tiny tries the script on a CPU.")

@@ -168,8 +168,6 @@ def main() -> None:
     made.add_argument("--out", type=Path, default=IMAGE, help="the PNG (default: in docs/images)")
     made.add_argument("--redraw", action="store_true", help="draw the numbers that are there")
     options = made.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     numbers = options.out.with_suffix(".json")
     if not options.redraw:
         with full_precision_products():

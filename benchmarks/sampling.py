@@ -50,8 +50,6 @@ def main() -> None:
     options.add_argument("--num_steps", type=positive, default=10)
     options.add_argument("--device", default="cpu")
     chosen = options.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     device, steps = torch.device(chosen.device), chosen.num_steps
     labels = torch.arange(chosen.batch_size, device=device) % 10
     print(f"batch {chosen.batch_size}, {steps} Euler steps; {machine(device)}\n")

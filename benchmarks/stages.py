@@ -50,8 +50,6 @@ def main() -> None:
     options.add_argument("--queries", type=positive, default=NUM_QUERIES)
     options.add_argument("--device", default="cpu")
     chosen = options.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     print(machine(chosen.device))
     if chosen.dims:
         x1, scale, shift = random_rows(chosen.rows, chosen.dims, getattr(torch, chosen.dtype), chosen.device)

@@ -105,8 +105,6 @@ def main() -> None:
     options = parser(__doc__, rounds=5, of_what="pairs of steps of each case")
     options.add_argument("--rows", type=int, default=60_000)
     chosen = options.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     bank, name = load_bank(chosen.rows, "cpu")
     measure_nearest(bank)
     print(f"{name}; {machine()}\n")

@@ -93,8 +93,17 @@ def parser(description: str | None, rounds: int, of_what: str) -> argparse.Argum
     """The options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=positive, default=rounds, help=f"{of_what} (default: {rounds})")
-    made.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
+    made.add_argument("--threads", type=positive, action=_Threads, help="of torch (default: torch's own choice)")
     return made
+
+
+class _Threads(argparse.Action):
+    """Sets them as it is parsed."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        assert isinstance(values, int)
+        torch.set_num_threads(values)
+        namespace.threads = values
 
 
 def positive(text: str) -> int:

@@ -172,8 +172,6 @@ def main() -> None:
     made.add_argument("--steps", type=positive, default=2, help="steps of a block (default: 2)")
     made.add_argument("--batch_size", type=positive, default=8, help="(default: 8)")
     options = made.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     rows = []
