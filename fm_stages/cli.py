@@ -17,76 +17,15 @@ def _training() -> None:
     TrainingCLI()
 
 
-def _diagnose() -> None:
-    from fm_stages.studies import diagnose_command
+def _study(name: str) -> Callable[[], None]:
+    """``NAME_command`` of the studies."""
 
-    diagnose_command()
+    def run() -> None:
+        from fm_stages import studies
 
+        getattr(studies, f"{name}_command")()
 
-def _doctor() -> None:
-    from fm_stages.studies import doctor_command
-
-    doctor_command()
-
-
-def _encode() -> None:
-    from fm_stages.studies import encode_command
-
-    encode_command()
-
-
-def _profile() -> None:
-    from fm_stages.studies import profile_command
-
-    profile_command()
-
-
-def _compare() -> None:
-    from fm_stages.studies import compare_command
-
-    compare_command()
-
-
-def _sample() -> None:
-    from fm_stages.studies import sample_command
-
-    sample_command()
-
-
-def _import() -> None:
-    from fm_stages.studies import import_command
-
-    import_command()
-
-
-def _export() -> None:
-    from fm_stages.studies import export_command
-
-    export_command()
-
-
-def _handover() -> None:
-    from fm_stages.studies import handover_command
-
-    handover_command()
-
-
-def _evaluate() -> None:
-    from fm_stages.studies import evaluate_command
-
-    evaluate_command()
-
-
-def _features() -> None:
-    from fm_stages.studies import features_command
-
-    features_command()
-
-
-def _replay() -> None:
-    from fm_stages.studies import replay_command
-
-    replay_command()
+    return run
 
 
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
@@ -94,22 +33,24 @@ LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", 
 LONGEST = 2000
 """Characters of a message: the parser repeats the value that it does not understand, however long."""
 
-COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
-    "fit": ("train a model: fm-stages fit --config configs/digits_dit.yaml", _training),
-    "validate": ("measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE", _training),
-    "doctor": ("what would waste a run, before it starts; takes what fit takes: --config X.yaml", _doctor),
-    "replay": ("a step that the guards of a run found, once more: --record RUN/flight/step_XXXXXXX", _replay),
-    "encode": ("images to latents, once: --data FOLDER --vae NAME_OR_PATH --out DIR", _encode),
-    "profile": ("where the stages of a training set lie, before training: --data X", _profile),
-    "diagnose": ("regular loss, gap and floor by t of trained checkpoints: --ckpt FILE [--ckpt FILE]", _diagnose),
-    "sample": ("draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR", _sample),
-    "evaluate": ("FID and others of a checkpoint or of images: --ckpt FILE --features FILE_OR_CLASS", _evaluate),
-    "features": ("a classifier that measures images for evaluate: --config X.yaml", _features),
-    "import": ("weights of SiT, DiT, REPA or LightningDiT as a checkpoint: --ckpt FILE --out FILE", _import),
-    "export": ("a checkpoint as a folder of diffusers, or as one .safetensors: --ckpt FILE --out DIR", _export),
-    "handover": ("the oracle until tau and the model after it, and the other way round: --ckpt FILE", _handover),
-    "compare": ("ways to train, paired by seed: --config X.yaml --arms configs/arms --seeds 3", _compare),
+DESCRIPTIONS = {
+    "fit": "train a model: fm-stages fit --config configs/digits_dit.yaml",
+    "validate": "measure a checkpoint on held-out data: --config X.yaml --ckpt_path FILE",
+    "doctor": "what would waste a run, before it starts; takes what fit takes: --config X.yaml",
+    "replay": "a step that the guards of a run found, once more: --record RUN/flight/step_XXXXXXX",
+    "encode": "images to latents, once: --data FOLDER --vae NAME_OR_PATH --out DIR",
+    "profile": "where the stages of a training set lie, before training: --data X",
+    "diagnose": "regular loss, gap and floor by t of trained checkpoints: --ckpt FILE [--ckpt FILE]",
+    "sample": "draw images from a checkpoint to files: --ckpt FILE --num 50000 --out DIR",
+    "evaluate": "FID and others of a checkpoint or of images: --ckpt FILE --features FILE_OR_CLASS",
+    "features": "a classifier that measures images for evaluate: --config X.yaml",
+    "import": "weights of SiT, DiT, REPA or LightningDiT as a checkpoint: --ckpt FILE --out FILE",
+    "export": "a checkpoint as a folder of diffusers, or as one .safetensors: --ckpt FILE --out DIR",
+    "handover": "the oracle until tau and the model after it, and the other way round: --ckpt FILE",
+    "compare": "ways to train, paired by seed: --config X.yaml --arms configs/arms --seeds 3",
 }
+
+COMMANDS = {name: _training if name in ("fit", "validate") else _study(name) for name in DESCRIPTIONS}
 
 
 def _packaged_configs() -> Path:
@@ -131,7 +72,7 @@ def _usage() -> str:
     from fm_stages import __doc__ as purpose
     from fm_stages import __version__
 
-    rows = "\n".join(f"  {name:10} {text}" for name, (text, _) in COMMANDS.items())
+    rows = "\n".join(f"  {name:10} {text}" for name, text in DESCRIPTIONS.items())
     return (
         f"fm-stages {__version__}\n{purpose}\n\nusage: fm-stages COMMAND [options]\n\n{rows}\n\n"
         "fm-stages COMMAND --help lists a command's options. Each takes --allow-import PACKAGE as well, after which\n"
@@ -194,7 +135,7 @@ def _run() -> None:
             from fm_stages.training import allow_imports
 
             allow_imports(*packages)
-        COMMANDS[arguments[0]][1]()
+        COMMANDS[arguments[0]]()
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -2,7 +2,14 @@
 
 import pytest
 
+from fm_stages import cli, studies
 from fm_stages.studies.commands import check_least, command_parser, interruptible, parse_options
+
+
+def test_each_command_is_there():
+    assert all(
+        callable(getattr(studies, f"{name}_command")) for name in cli.COMMANDS if name not in ("fit", "validate")
+    )
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_processes_that_a_command_starts_inherit_what_it_trusts(command, monkeyp
     from fm_stages import cli
 
     given = []
-    monkeypatch.setitem(cli.COMMANDS, "fit", ("", lambda: given.append((list(sys.argv), os.environ[VARIABLE]))))
+    monkeypatch.setitem(cli.COMMANDS, "fit", lambda: given.append((list(sys.argv), os.environ[VARIABLE])))
     command("fit", "--allow-import", "one", "--x", "--allow-import=two.three")
     assert given == [(["fm-stages", "fit", "--x"], "tests,one,two.three")]
     trusted = []
