@@ -58,6 +58,9 @@ class Lifeline(L.Callback):
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.cause = ""
         self._heard = threading.Event()
         self._ending = threading.Event()
@@ -75,7 +78,7 @@ class Lifeline(L.Callback):
         self.close()
         if trainer.world_size == 1:
             return
-        self.__init__()  # type: ignore[misc]
+        self._begin()
         self._rank = trainer.global_rank
         offer = 0, b"", ""
         if self._rank == 0:

@@ -135,9 +135,8 @@ class FlowMatching(L.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self.check_data(datamodule)
         if stage == "fit" and self.target.needs_oracle and hasattr(datamodule, "bank"):
-            self.target.attach(
-                oracle_of(datamodule.bank(), self.path)
-            )  # anew in a second fit: the data may be other data
+            # anew in a second fit: the data may be other data
+            self.target.attach(oracle_of(datamodule.bank(), self.path))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which step the weights are of, for Lightning forgets it in ``validate``; count its batches anew."""

@@ -32,8 +32,6 @@ from fm_stages.studies.ranks import Job
 from fm_stages.studies.text_files import write_csv, write_json
 from fm_stages.training import FlowMatching
 
-__all__ = ["MEMORIZED", "Memorization", "NotMeasured", "References", "memorization_index", "study_memorization"]
-
 NUM_SHOWN = 8
 """Pairs of each kind in the figure of the closest ones."""
 
@@ -122,11 +120,7 @@ def study_memorization(
     job = job or Job()
     shown = progress and job.rank == 0
     with together(job.group):
-        if num_calibration < 2 or num_steps < 1 or num_queries < 2:
-            raise ValueError(
-                f"num_calibration={num_calibration} and num_queries={num_queries} must be 2 or more, "
-                f"num_steps={num_steps} 1 or more"
-            )
+        _check_numbers(num_calibration, num_queries, num_steps)
         references = References.of(data, seed, device)
         _check_samples(samples, references)
         _check_sources(references.whole, data.flip)
@@ -148,13 +142,11 @@ def study_memorization(
     found = {name: measure(references, *own, data.flip, job, shown) for name, own in images.items()}
     curves = None
     if networks and module is not None:
-        profile = profile or StageProfile.measure(
-            Oracle(bank, path), module.label_dropout if bank.has_labels else 1.0, seed=seed, progress=shown
-        )
+        share = module.label_dropout if bank.has_labels else 1.0
+        profile = profile or StageProfile.measure(Oracle(bank, path), share, seed=seed, progress=shown)
         curves = memorization_index(
-            references, networks, path, module.label_dropout if bank.has_labels else 1.0, profile.boundary, wiener,
-            num_queries, seed=seed, job=job, progress=shown,
-        )  # fmt: skip
+            references, networks, path, share, profile.boundary, wiener, num_queries, seed=seed, job=job, progress=shown
+        )
     settings = {
         "seed": seed, "num_calibration": num_calibration, "num_steps": num_steps, "path": type(path).__name__,
         "copy_below_ratio": MEMORIZED,
@@ -166,6 +158,14 @@ def study_memorization(
         if job.rank == 0:
             _write(result, pairs, out)
     return result
+
+
+def _check_numbers(num_calibration: int, num_queries: int, num_steps: int) -> None:
+    if num_calibration < 2 or num_steps < 1 or num_queries < 2:
+        raise ValueError(
+            f"num_calibration={num_calibration} and num_queries={num_queries} must be 2 or more, "
+            f"num_steps={num_steps} 1 or more"
+        )
 
 
 def _check_samples(samples: Tensor, references: References) -> None:
