@@ -161,7 +161,8 @@ class SampleGrid(L.Callback):
                     path, how = _file(trainer, name), self._drawn_how(moved, labels, columns)
                     with dispensable(trainer, path.name):
                         save_grid(as_images(images, data), path, columns)
-                        path.with_suffix(".json").write_text(json.dumps(how))
+                        with whole_file(path.with_suffix(".json")) as part:
+                            part.write_text(json.dumps(how))
                         log_image(trainer, f"samples/{name}", path)
 
     def _drawn_how(self, guidance: Guidance, labels: Tensor, columns: int) -> dict[str, Any]:

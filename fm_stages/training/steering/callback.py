@@ -14,7 +14,7 @@ from torch import nn
 
 from fm_stages import plots
 from fm_stages.training.logs.alerts import alert
-from fm_stages.training.logs.loggers import is_trial, keep_until, log_figure, log_metrics, run_folder
+from fm_stages.training.logs.loggers import dispensable, is_trial, keep_until, log_figure, log_metrics, run_folder
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor.callback import OracleMonitor
 from fm_stages.training.monitor.checks import outputs_of
@@ -224,9 +224,8 @@ class StageAware(L.Callback):
         prefix = "dry_run/" if policy.dry_run else ""
         log_metrics(trainer, {f"{prefix}{key}": value for key, value in scalars.items()})
         if not is_trial(trainer):
-            folder = run_folder(trainer)
             line = {"step": step, "policy": name, "dry_run": policy.dry_run, "numbers": numbers, "reason": reason}
-            with (folder / FILE).open("a") as file:
+            with dispensable(trainer, FILE), (run_folder(trainer) / FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _measure_gradients(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any) -> None:

@@ -60,6 +60,18 @@ class TestChanges:
         assert line["numbers"] == [module.timesteps.shift]
         assert f"t = {boundary:.3f}" in line["reason"]
 
+    def test_training_goes_on_where_its_file_cannot_be_written(self, make_module, make_data, make_trainer, tmp_path):
+        class FullDisk(L.Callback):
+            def on_train_batch_start(self, *_) -> None:
+                (tmp_path / "steering.jsonl").mkdir(exist_ok=True)
+
+        callback = StageAware([ShiftToBoundary(0.7)])
+        callbacks = [OracleMonitor(every_n_steps=1, window=2), callback, FullDisk()]
+        trainer, module = make_trainer(max_steps=3, callbacks=callbacks, default_root_dir=tmp_path), make_module()
+        with pytest.warns(UserWarning, match="steering.jsonl could not be written"):
+            trainer.fit(module, make_data())
+        assert isinstance(module.timesteps, ShiftedTimesteps)
+
     def test_a_density_by_the_gap_of_the_last_window(self, make_module, make_data, make_trainer, tmp_path):
         policy = GapDensity(warmup_steps=4, every_n_steps=3)
         trainer, module, _ = steered(make_module, make_data, make_trainer, policy, default_root_dir=tmp_path)
