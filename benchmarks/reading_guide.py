@@ -35,6 +35,7 @@ from fm_stages.oracle import nearest_rows
 from fm_stages.studies.convert.weights import reverse_time
 from fm_stages.studies.diagnose.measure import diagnose as measure
 from fm_stages.studies.models import load_trained
+from fm_stages.studies.text_files import write_json
 from fm_stages.training import OracleMonitor, allow_imports, network_weights, read_checkpoint, save_grid
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +200,7 @@ def without_label(checkpoint: Path, to: Path) -> None:
     gap, error = (ask("gap", 0, profile.boundary) for ask in (train.average, train.average_sem))
     print(f"{checkpoint}, inputs without label: gap in navigation {gap:.4f} ± {error:.4f}")
     found = {"training": asdict(train), "held_out": asdict(held_out), "profile": asdict(profile)}
-    to.write_text(json.dumps(found))
+    write_json(to, found)
 
 
 def draw_digits(checkpoint: Path, to: Path, guidance: float = 1.0, num: int = 40) -> None:
