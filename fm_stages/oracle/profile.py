@@ -80,7 +80,7 @@ class StageProfile(StageCurves):
         path: between noise and data, by `name_of`.
         unconditional: of queries without labels alone, if they were measured.
         conditional: of queries with labels alone, if they were measured.
-        guidance: (T) E||u*_c - u*||^2 / D, what the label adds, if both were measured.
+        guidance: (T) ``E||u*_c - u*||^2 / D``, what the label adds, if both were measured.
         guidance_sem: (T) its standard errors.
     """
 
