@@ -49,14 +49,14 @@ def on_page_content(content: str, **_) -> str:
 
 def command_line() -> str:
     """Markdown: what each command is for, and what it answers to --help."""
-    from fm_stages.cli import COMMANDS
+    from fm_stages.cli import DESCRIPTIONS
 
     parts = [
         "# The command line\n",
         "Each command as it describes itself. A mistake in what is given ends with one line and status 2, Ctrl-C with",
         "130. Each takes `--allow-import PACKAGE` as well ([files from strangers](../project/security.md)).\n",
     ]
-    for name, (purpose, _) in COMMANDS.items():
+    for name, purpose in DESCRIPTIONS.items():
         parts.append(f"\n## {name}\n\n{purpose[0].upper()}{purpose[1:].partition(': ')[0]}.\n")
         if name == "validate":
             parts.append("It takes what [fit](#fit) takes; `--ckpt_path FILE` is required.")
