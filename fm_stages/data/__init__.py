@@ -30,7 +30,7 @@ from fm_stages.data.loading import (
     to_pixels,
 )
 from fm_stages.data.module import TrainingData
-from fm_stages.data.pixels import ImageData
+from fm_stages.data.pixels import ImageData, Splits
 from fm_stages.data.rows import Rows, read_rows, some_rows
 from fm_stages.data.shard_writing import check_own_files, complete_folder, list_of_sources, open_folder, write_shard
 from fm_stages.data.statistics import channel_statistics, combine_sums, statistics_of, write_statistics
@@ -58,6 +58,7 @@ __all__ = [
     "Pictures",
     "Planned",
     "Rows",
+    "Splits",
     "TooLargeError",
     "TrainingData",
     "available_memory_bytes",
