@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from findings.workshop import NUM_IMAGES, SEEDS, STEPS, WIDTHS, Finding, Workshop, difference, mean_and_error, table
 
-EARLY_STEPS = LATE_STEPS = 13
+EARLY_STEPS = LATE_STEPS = 8
 
 NAMES = "small", "large"
 

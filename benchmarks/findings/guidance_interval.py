@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from findings.workshop import NUM_IMAGES, SEEDS, Finding, Workshop, difference, mean_and_error, suggestion, table
 
-SCALE, NUM_STEPS = 2.5, 25
+SCALE, NUM_STEPS = 2.5, 10
 
 NONE, EVERYWHERE = (0.0, 0.0), (0.0, 1.0)
 
