@@ -28,7 +28,7 @@ SEEDS = 0, 1
 
 STEPS, SAVED_EVERY = 4000, 1000
 
-WIDTHS = {"tiny": 16, "small": 32, "large": 64}
+WIDTHS = {"small": 32, "large": 64}
 """Channels, 16 to a head, in 4 blocks."""
 
 NUM_IMAGES = 2500
