@@ -17,7 +17,7 @@ def measure(workshop: Workshop) -> Finding:
     found = []
     for seed in SEEDS:
         files = {
-            f"{name}, step {steps}": workshop.network(name, seed).with_name(f"step_{steps:07d}.ckpt")
+            f"{name}_{steps}": workshop.network(name, seed).with_name(f"step_{steps:07d}.ckpt")
             for name in WIDTHS
             for steps in (SAVED_EVERY, STEPS)
         }
@@ -50,7 +50,7 @@ def measure(workshop: Workshop) -> Finding:
     listed = [
         {"network": name, **{stage: _change(found, name, stage) for stage in STAGES}} for name in list(curves)[1:]
     ]
-    last = [_shares(found, f"large, step {STEPS}", stage) for stage in STAGES]
+    last = [_shares(found, f"large_{STEPS}", stage) for stage in STAGES]
     early, late = (mean_and_error(shares)[0] for shares in last)
     verdict = "navigation" if abs(early) > abs(late) else "refinement"
     text = f"""
@@ -63,7 +63,7 @@ navigation and {100 * late:+.0f} % in refinement: as a share of what was there, 
 {table(listed, {"against " + reference: "{network}", **{f"gap, {stage}": f"{{{stage}}}" for stage in STAGES}})}
 
 Means over uniform t within each stage, averaged weights, {NUM_DRAWS} training images with the same noise for all;
-{len(SEEDS)} training seeds, ± is the standard error of their mean, bands are two. Channels:
+{len(SEEDS)} training seeds, ± is the standard error of their mean, bands are two. Names are sizes and steps; channels:
 {", ".join(f"{width} ({name})" for name, width in WIDTHS.items())}.
 """
     return Finding("The gap over t, by size and length", text, rows, figure)
