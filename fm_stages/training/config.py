@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from argparse import ArgumentError
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +29,7 @@ from fm_stages.training.guards.callback import Guards
 from fm_stages.training.guards.rewinding import fit_with_rewinds
 from fm_stages.training.launcher import check_num_ranks, find_launcher
 from fm_stages.training.lifeline import Lifeline
-from fm_stages.training.logs.loggers import choose_wandb_mode, tell_lost_files
+from fm_stages.training.logs.loggers import choose_wandb_mode, prepare_wandb, tell_lost_files
 from fm_stages.training.logs.patience import finish_loggers, make_patient
 from fm_stages.training.module import FlowMatching
 from fm_stages.training.monitor.callback import OracleMonitor
@@ -161,6 +162,8 @@ class TrainingCLI(LightningCLI):
                 config.checkpoints.dirpath, kept_id(Path(config.trainer.default_root_dir))
             )
         goes_on = self.subcommand == "fit" and is_own(config.ckpt_path, config.checkpoints.dirpath)
+        if goes_on:
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         self._run_id = (kept_id(Path(config.trainer.default_root_dir)) if goes_on else None) or new_id()
         if any(logger.class_path.endswith("WandbLogger") for logger in loggers_of(config)):
             rank_zero_info(f"wandb: {choose_wandb_mode()}")
@@ -208,8 +211,12 @@ class TrainingCLI(LightningCLI):
             self.model.configure_optimizers()
         except ValueError as error:
             raise ValueError(f"the optimizer refuses its arguments: {error}") from error
-        if not config.init_from:
-            return
+        if config.init_from:
+            self._start_from_weights(config)
+        prepare_wandb(self.trainer)
+
+    def _start_from_weights(self, config: Any) -> None:
+        """Load what --init-from names."""
         if config.ckpt_path:
             if is_own(config.ckpt_path, config.checkpoints.dirpath):
                 return  # a job that SLURM starts again: it began with these weights, and has gone on since
@@ -262,6 +269,7 @@ class TrainingCLI(LightningCLI):
         if self.config[self.subcommand].ckpt_path in (None, *KEYWORDS):
             raise ValueError("validate measures a checkpoint, not fresh weights: name its file with --ckpt_path")
         self._check()
+        prepare_wandb(self.trainer)
 
     def _check_checkpoint(self, path: str, checkpoint: dict[str, Any]) -> None:
         """Refuse what Lightning would fail on after the run has begun to write."""

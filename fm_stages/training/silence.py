@@ -12,6 +12,7 @@ HARMLESS = (
     "The '.*' does not have many workers",  # the images are in memory
     "`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning on new versions of torch
     "The `srun` command is available",  # `find_launcher` knows
+    "Precision .* is not supported by the model summary",  # which then says what float32 would take
     "FSDP2-wrapped module .* returned a view tensor",  # which nobody changes in place
 )
 """How they begin, as regular expressions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -80,7 +81,10 @@ class Checkpoints(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; Lightning forgets the number of the last validation."""
-        super().load_state_dict(state_dict)
+        with warnings.catch_warnings():
+            # from another run's, whose best one is none of this run's
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
+            super().load_state_dict(state_dict)
         self.current_score = state_dict.get("current_score")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -160,6 +160,21 @@ def choose_wandb_mode(host: str = "api.wandb.ai", timeout_sec: float = 2.0) -> s
     return "online"
 
 
+@rank_zero_only
+def prepare_wandb(trainer: L.Trainer) -> None:
+    """Before wandb starts: keep it from two warnings that nobody can do anything about.
+
+    Lightning gives it a setting that it no longer has, and it looks for the repository, whose commit it notes, from a
+    folder that it makes later.
+    """
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        if logger._wandb_init.get("anonymous", "") is None:
+            del logger._wandb_init["anonymous"]
+        Path(logger.save_dir or ".").mkdir(parents=True, exist_ok=True)
+
+
 def _has_wandb_login() -> bool:
     import netrc
 

@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from fm_stages.oracle import Curves
@@ -57,6 +58,15 @@ class TestWandbMode:
         monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: Connection())
         assert loggers.choose_wandb_mode() == "online"
         assert "WANDB_MODE" not in loggers.os.environ
+
+
+@pytest.mark.parametrize("arguments", [{}, {"anonymous": True}])
+def test_wandb_starts_without_a_warning_that_the_user_did_not_cause(make_trainer, tmp_path, arguments):
+    """Lightning names a setting that wandb has no longer; and wandb looks for git in the folder of the run."""
+    logger = WandbLogger(save_dir=tmp_path / "runs/new", offline=True, **arguments)
+    loggers.prepare_wandb(make_trainer(logger=logger))
+    assert logger._wandb_init.get("anonymous", "none is given") == ("allow" if arguments else "none is given")
+    assert (tmp_path / "runs/new").is_dir()
 
 
 CURVES = Curves([0.0, 0.5, 1.0], [3, 1], {"gap": [0.25, 0.5]}, {"gap": [0.1, float("nan")]})
