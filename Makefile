@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo $(TORCH) >$(VENV)/torch
 	@sed -e '/^#/d' $(OTHER_TORCH) constraints.txt >$(VENV)/constraints.txt
 	@echo "Installing fm-stages and what it needs. torch alone is some gigabytes: the first time takes minutes."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "Installed: $$($(BIN)/python --version), torch $$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')."
 

@@ -13,8 +13,8 @@ class StepProgressBar(TQDMProgressBar):
     """Counts optimizer steps up to ``max_steps``, with loss, held-out loss and gap beside them."""
 
     def __init__(self) -> None:
-        # a file is read afterwards, where a line for every step would bury the rest
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 200)
+        self._is_file = not sys.stdout.isatty()
+        super().__init__(refresh_rate=200 if self._is_file else 1)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Open the bar, at the step that a resumed run starts from."""
@@ -22,6 +22,9 @@ class StepProgressBar(TQDMProgressBar):
         self.train_progress_bar.total = trainer.max_steps if trainer.max_steps > 0 else None
         self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
         self.train_progress_bar.set_description("Training")
+        # a file is read afterwards, where a line for every step would bury the rest; a short run shows that it moves
+        if self._is_file and trainer.max_steps > 0:
+            self._refresh_rate = min(200, max(1, trainer.max_steps // 20))
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """Let the bar run on."""

@@ -14,6 +14,12 @@ from fm_stages.oracle import DataBank, GaussianMixtureBank, Oracle, together
 REQUIRED = ("x0", "x1", "x_t", "t", "prediction")
 OPTIONAL = ("prediction_ema", "labels", "index")
 
+ROUNDING = 0.05
+"""Of x_t: bfloat16 rounds values of this size by up to 0.02."""
+
+REVERSED = "1 - t as t, and the prediction with its sign changed (the velocity turns round with time)"
+"""What a module returns whose t = 1 is noise."""
+
 SUFFIXES = ("", "_ema")
 """Of the names of numbers, and of predictions: raw and averaged weights."""
 
@@ -44,8 +50,8 @@ def find_path(module: L.LightningModule) -> Path:
     path = getattr(module, "path", None)
     if not isinstance(path, Path):
         raise ValueError(
-            f"OracleMonitor needs to know the path: {type(module).__name__} has no attribute `path`; give "
-            "OracleMonitor(path=LinearPath()), or the path that x_t is made with"
+            f"OracleMonitor needs to know the path that x_t is made with: {type(module).__name__} has no attribute "
+            "`path`; give it one, or OracleMonitor(path=LinearPath()), of fm_stages.flow"
         )
     return path
 
@@ -60,7 +66,7 @@ def find_bank(trainer: L.Trainer) -> DataBank | GaussianMixtureBank:
     if datamodule is None or not hasattr(datamodule, "bank"):
         raise ValueError(
             "OracleMonitor needs the training set: give the Trainer a datamodule with bank(), or "
-            "OracleMonitor(bank=DataBank(x1, labels))"
+            "OracleMonitor(bank=DataBank(x1, labels)), of fm_stages.oracle: all training images as they are trained on"
         )
     return datamodule.bank()
 
@@ -102,9 +108,9 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
                 _check_labels(oracle, seen["labels"])
         return
     tolerance = 1e-4 * oracle.bank.rms_norm
-    distance = _distance(oracle, seen["x1"], None)
+    away, exchanged = _distance(oracle, seen["x1"], None), _distance(oracle, seen["x0"], None)
     with together(group):
-        _check_rows(oracle, seen["x1"], distance > tolerance)
+        _check_rows(oracle, seen["x1"], away > tolerance, bool((exchanged <= tolerance).all()))
     if "index" in seen:
         with together(group):
             _check_index_range(oracle, seen["index"])
@@ -122,8 +128,13 @@ def check_first_batch(oracle: Oracle, seen: dict[str, Tensor]) -> None:
             _check_meaning(labels, distance > tolerance)
 
 
-def _check_rows(oracle: Oracle, x1: Tensor, missing: Tensor) -> None:
+def _check_rows(oracle: Oracle, x1: Tensor, missing: Tensor, exchanged: bool) -> None:
     if bool(missing.any()):
+        if exchanged:
+            raise ValueError(
+                "x0 of the first training batch is the data, and x1 the noise. Here t = 0 is noise and t = 1 is data: "
+                f"return the noise as x0, the data as x1, {REVERSED}"
+            )
         raise ValueError(
             f"{int(missing.sum())} of {len(x1)} rows of the first training batch are not in the bank. Batch: mean "
             f"{x1.mean():.3f}, std {x1.std():.3f}; bank: mean {oracle.bank.mean.mean():.3f}. Use the same "
@@ -175,10 +186,16 @@ def _check_interpolation(oracle: Oracle, seen: dict[str, Tensor]) -> None:
     """x_t must be what the path makes of x0, x1 and t: time reversed or another path would give another oracle."""
     expected = oracle.path.interpolate(seen["x0"], seen["x1"], seen["t"])
     error = (expected - seen["x_t"]).abs().max().item()
-    if not error <= 0.05:  # bfloat16 rounds values of this size by up to 0.02
+    if not error <= ROUNDING:
+        mirrored = oracle.path.interpolate(seen["x0"], seen["x1"], 1 - seen["t"])
+        is_reversed = bool((mirrored - seen["x_t"]).abs().max() <= ROUNDING)
         raise ValueError(
             f"x_t differs from {type(oracle.path).__name__}.interpolate(x0, x1, t) by up to {error:.2g}: the module "
-            "uses another path or runs time the other way (here t = 0 is noise and t = 1 is data)"
+            + (
+                f"runs time the other way. Here t = 0 is noise and t = 1 is data: return {REVERSED}"
+                if is_reversed
+                else "uses another path: give OracleMonitor(path=...) the one that it uses"
+            )
         )
 
 

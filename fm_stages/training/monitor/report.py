@@ -133,7 +133,7 @@ def _refinement(pairs: dict[str, tuple[Curves, Curves]], b: float) -> list[str]:
     for suffix, (train, held_out) in pairs.items():
         ours, theirs = train.average("regular", b, 1), held_out.average("regular", b, 1)
         if not (math.isnan(ours) or math.isnan(theirs)):
-            text = f"{theirs:.4f} against {ours:.4f} in training ({100 * (theirs / ours - 1):+.0f} %)"
+            text = f"{theirs:.4f} against {ours:.4f} in training ({100 * (theirs / ours - 1):+z.0f} %)"
             parts.append(f"EMA {text}" if suffix else text)
     if not parts:
         return []

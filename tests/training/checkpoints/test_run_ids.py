@@ -17,7 +17,7 @@ class TestNames:
         assert kept_id(tmp_path) is None
         first, second = new_id(), new_id()
         assert first != second
-        keep_id(SimpleNamespace(default_root_dir=tmp_path), first)
+        keep_id(SimpleNamespace(default_root_dir=tmp_path, logger=None), first)
         assert kept_id(tmp_path) == first == (tmp_path / FILE).read_text().strip()
         (tmp_path / FILE).write_text("")
         assert kept_id(tmp_path) is None
@@ -28,6 +28,7 @@ class TestNames:
         name_at_wandb(SimpleNamespace(loggers=[logger]), "1234")
         assert logger.version == logger._wandb_init["id"] == expected
         assert logger._wandb_init["resume"] == "allow"
+        assert "anonymous" not in logger._wandb_init  # of which wandb warns, also where it is None
 
 
 @pytest.fixture

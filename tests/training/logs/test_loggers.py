@@ -1,9 +1,10 @@
 """Where numbers go, and that a run never waits for wandb."""
 
 import socket
+from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from matplotlib.figure import Figure
 
 from fm_stages.oracle import Curves
@@ -85,6 +86,13 @@ class TestTables:
         loggers.log_figure(trainer, "oracle/new", Figure(figsize=(1, 1)), (["step", "gap"], [[1, 0.5], [2, 0.25]]))
         assert (tmp_path / "run/oracle/new.png").read_bytes().startswith(b"\x89PNG")
         assert read_csv(tmp_path / "run/oracle/new.csv") == {"step": [1, 2], "gap": [0.5, 0.25]}
+
+    def test_a_trainer_that_was_told_no_folder_has_one_for_each_run(self, make_trainer, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        trainer = make_trainer(default_root_dir=None, logger=CSVLogger(tmp_path, version=3))
+        assert loggers.run_folder(trainer) == tmp_path / "lightning_logs/version_3"
+        assert loggers.run_folder(make_trainer(default_root_dir=None, logger=False)) == tmp_path
+        assert loggers.run_folder(make_trainer(default_root_dir="run", logger=CSVLogger("run"))) == Path("run")
 
     def test_a_trial_run_writes_nothing(self, make_trainer, tmp_path):
         trainer = make_trainer(fast_dev_run=True, default_root_dir=tmp_path / "run")

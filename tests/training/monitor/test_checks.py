@@ -90,10 +90,14 @@ class TestFirstBatch:
             "cosine": CosinePath().interpolate(x0, x1, t),
             "swapped": LinearPath().interpolate(x1, x0, t),
         }[wrong]
-        with pytest.raises(
-            ValueError, match=r"x_t differs from LinearPath.interpolate\(x0, x1, t\) .* time the other way"
-        ):
+        remedy = "uses another path: give" if wrong == "cosine" else "runs time the other way.* return 1 - t as t"
+        with pytest.raises(ValueError, match=rf"x_t differs from LinearPath.interpolate\(x0, x1, t\) .*{remedy}"):
             check({**seen, "x_t": x_t})
+
+    def test_data_at_t_0_as_in_rectified_flow(self, check, seen):
+        exchanged = renewed({**seen, "x0": seen["x1"], "x1": seen["x0"]})
+        with pytest.raises(ValueError, match="x0 .* is the data, and x1 the noise.* the noise as x0, .* 1 - t as t"):
+            check(exchanged)
 
     def test_x_t_that_is_not_a_number(self, check, seen):
         with pytest.raises(ValueError, match="x_t differs"):
@@ -191,7 +195,7 @@ class TestInARun:
     @pytest.mark.parametrize("path", [None, "linear"])
     def test_no_path(self, fit, images, path):
         with pytest.raises(
-            ValueError, match=r"Module has no attribute `path`; give OracleMonitor\(path=LinearPath\(\)\)"
+            ValueError, match=r"Module has no attribute `path`; give it one, or OracleMonitor\(path=LinearPath\(\)\)"
         ):
             fit(Loaders(*images, DataBank(*images)), path=path)
 
