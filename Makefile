@@ -80,7 +80,7 @@ reproduce: $(STAMP)  ## Make the pages of docs/results again from the training d
 
 DOCS := $(VENV)/.installed-docs-$(TORCH)
 $(DOCS): $(STAMP)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[docs]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[docs]'
 	@touch $@
 
 docs: $(DOCS)  ## Build the documentation into site/

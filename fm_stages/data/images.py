@@ -199,8 +199,7 @@ class ImageFolder(ImageData):
             MemoryError: if the images and the bank do not fit into memory.
         """
         train_dir, val_dir = self._folders()
-        names, classes = find_classes(train_dir)
-        files = make_dataset(train_dir, classes, IMG_EXTENSIONS)
+        names, classes, files = class_files(train_dir)
         val_files = []
         if val_dir is not None:
             unknown = set(find_classes(val_dir)[0]) - set(names)
@@ -248,6 +247,19 @@ def training_folder(data_dir: Path) -> Path:
     """The ``train`` folder of a folder if it holds folders itself, else the folder."""
     inner = data_dir / "train"
     return inner if inner.is_dir() and any(entry.is_dir() for entry in inner.iterdir()) else data_dir
+
+
+def class_files(folder: Path) -> tuple[list[str], dict[str, int], list[tuple[str, int]]]:
+    """Class folders in order, their numbers, and each image's file with the number of its class.
+
+    Raises:
+        FileNotFoundError: if there is no class folder, or one without an image, with the remedy.
+    """
+    names, numbers = find_classes(folder)
+    try:
+        return names, numbers, make_dataset(folder, numbers, IMG_EXTENSIONS)
+    except FileNotFoundError as error:  # it names the class folders
+        raise FileNotFoundError(f"{folder}: {error}. Remove the class folders that hold no image") from error
 
 
 def decode(files: list[str], image_size: int) -> Tensor:

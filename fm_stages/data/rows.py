@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from fm_stages.data.array_files import open_array
 from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.foreign import check_pixels
-from fm_stages.data.images import decode, training_folder
+from fm_stages.data.images import class_files, decode, training_folder
 from fm_stages.data.latent_files import files_below, open_latents
 from fm_stages.data.latent_index import INDEX
 from fm_stages.data.loading import SCALE, SHIFT
@@ -145,11 +145,11 @@ def _open_latents(place: Path) -> StoredRows:
 
 def _open_images(folder: Path, files: list[Path], image_size: int | None) -> StoredRows:
     """The images of a flat folder, or of class folders with labels."""
-    names, labels = [], None
+    names: list[str] = []
+    labels = None
     loose = [file for file in files if file.parent == folder]
     if not loose:
-        names, classes = find_classes(folder)
-        samples = make_dataset(folder, classes, IMG_EXTENSIONS)
+        names, _, samples = class_files(folder)
         files, labels = [Path(file) for file, _ in samples], torch.tensor([label for _, label in samples])
     elif len(loose) < len(files):
         raise ValueError(f"{folder} holds {len(loose)} images beside folders of images: move one kind elsewhere")
