@@ -56,14 +56,17 @@ class Curves:
         return [(lo + hi) / 2 for lo, hi in zip(self.edges, self.edges[1:], strict=False)]
 
     def average(self, name: str, lo: float = 0.0, hi: float = 1.0) -> float:
-        """Average of a quantity over uniform t in [lo, hi]: bin means times bin widths, over the bins with samples."""
-        pairs = [(w, m) for w, m in zip(self._widths(lo, hi), self.mean[name], strict=True) if w and not math.isnan(m)]
+        """Average of a quantity over uniform t in [lo, hi]: bin means times bin widths, over the bins with samples.
+
+        NaN where none of them lies there, and where samples are NaN.
+        """
+        pairs = self._inside(self.mean[name], lo, hi, 1)
         total = sum(w for w, _ in pairs)
         return sum(w * m for w, m in pairs) / total if total else math.nan
 
     def average_sem(self, name: str, lo: float = 0.0, hi: float = 1.0) -> float:
-        """Standard error of `average`, over the bins that have one."""
-        pairs = [(w, e) for w, e in zip(self._widths(lo, hi), self.sem[name], strict=True) if w and not math.isnan(e)]
+        """Standard error of `average`, over the bins that have one, which are those with two samples or more."""
+        pairs = self._inside(self.sem[name], lo, hi, 2)
         total = sum(w for w, _ in pairs)
         return math.sqrt(sum((w * e) ** 2 for w, e in pairs)) / total if total else math.nan
 
@@ -97,6 +100,11 @@ class Curves:
         columns, rows = self.table()
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *rows])
+
+    def _inside(self, values: list[float], lo: float, hi: float, least: int) -> list[tuple[float, float]]:
+        """Length inside [lo, hi] and value of each bin that reaches into it and has at least so many samples."""
+        bins = zip(self._widths(lo, hi), values, self.count, strict=True)
+        return [(width, value) for width, value, num in bins if width and num >= least]
 
     def _widths(self, lo: float, hi: float) -> list[float]:
         """Length of each bin inside [lo, hi] (K)."""

@@ -174,6 +174,14 @@ class TestCurves:
         assert curves.average("x", 0.0, 0.5) == pytest.approx(0.5, abs=0.02)
         assert (2 * t).mean() < 0.6
 
+    def test_samples_that_are_no_numbers_are_not_passed_over(self):
+        sums = TimestepCurves(("x",), [0.0, 0.5, 1.0])
+        sums.update(torch.tensor([0.2, 0.3, 0.7, 0.8]), x=torch.tensor([1.0, 3.0, math.nan, 1.0]))
+        curves = sums.compute()
+        assert curves.average("x", 0.0, 0.5) == 2
+        assert math.isnan(curves.average("x"))
+        assert math.isnan(curves.average_sem("x"))
+
     def test_error_of_the_average(self, curves):
         expected = math.sqrt((0.1 * 0.1) ** 2 + (0.4 * 0.2) ** 2) / 0.5
         assert curves.average_sem("x") == pytest.approx(expected)
