@@ -11,7 +11,8 @@ from fm_stages.oracle.estimators import (
     TemperedOracle,
 )
 from fm_stages.oracle.exact import Oracle, Posterior
-from fm_stages.oracle.mixture import GaussianMixtureBank, MixtureOracle, moments_affine, oracle_of
+from fm_stages.oracle.mixture import MixtureOracle, oracle_of
+from fm_stages.oracle.mixture_bank import GaussianMixtureBank, moments_affine
 from fm_stages.oracle.neighbours import largest_weights, nearest_rows
 from fm_stages.oracle.plan import BankPlan, describe, nearest_pays, plan_bank, rows_per_query
 from fm_stages.oracle.profile import THRESHOLDS, StageCurves, StageProfile

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fm_stages.oracle import ranks
+from fm_stages.oracle.affine import Affine
 from fm_stages.oracle.distinct import Shard, distinct_rows
 from fm_stages.oracle.inputs import check_index, check_rows
 from fm_stages.oracle.stored_rows import RowReader, Survey, piece
@@ -53,6 +54,7 @@ class DataBank:
         group: process group over which the bank is sharded; None: it is all here.
 
     Raises:
+        TypeError: if x1 or labels are no tensors.
         ValueError: if there is no row, the labels do not match, a value is not finite, or the ranks' parts differ in
             kind; on every rank.
     """
@@ -74,14 +76,14 @@ class DataBank:
             rows, labels = RowReader.of(x1), None if labels is None else labels.detach()
             check_rows(rows, labels, scale, shift)
             self.shape, self.num_dims, self.dtype = tuple(rows.shape[1:]), rows.num_dims, rows.stored_dtype
-            self._scale, self._shift = (_per_value(value, self.shape).to(rows.device) for value in (scale, shift))
-            self._as_stored = bool((self._scale == 1).all() and (self._shift == 0).all())
+            self.affine = Affine(scale, shift, self.shape, rows.device)
+            scale_in_short, shift_in_short = self.affine.in_short
             meeting.alike = {
                 "the shape of a row": self.shape,
                 "the dtype of rows": self.dtype,
                 "having labels": labels is not None,
-                "the scale": _in_short(self._scale),
-                "the shift": _in_short(self._shift),
+                "the scale": scale_in_short,
+                "the shift": shift_in_short,
             }
         with ranks.together(group):
             survey = Survey.of(rows)
@@ -94,7 +96,7 @@ class DataBank:
         self._row_of = own.place.to(rows.device)  # (N,) int32, data set index -> stored row here, or -1
         self._slices = {} if labels is None else _slices(own.label)
 
-        self.mean = self._affine(ranks.reduce(survey.total, group) / self.num_rows)  # (D,) float64, over all N rows
+        self.mean = self.affine(ranks.reduce(survey.total, group) / self.num_rows)  # (D,) float64, over all N rows
         self.nearest: Tensor | None = None
         """Distance of each training row (N,) to the nearest other image, or a little less, if it was measured."""
         self._table: Tensor | None = None
@@ -129,15 +131,11 @@ class DataBank:
         for place in own.first.argsort().split(piece(dims)) if num else ():
             values = rows.flat(own.first[place])
             self._rows[place.to(device)] = values
-            distance = (self._affine(values.double()) - self.mean).square().sum(1)
+            distance = (self.affine(values.double()) - self.mean).square().sum(1)
             self._extra[place.to(device), 0] = distance.float()
         self._extra[:, 1] = 1
         self._extra[:, 2] = own.class_count.log().to(self._extra)
         self._extra[:, 3] = own.total_count.log().clamp(min=_NEVER).to(self._extra)
-
-    def _affine(self, stored: Tensor) -> Tensor:
-        """What the network sees of values (..., D) as they are stored, in their float dtype."""
-        return stored if self._as_stored else stored * self._scale + self._shift
 
     @property
     def device(self) -> torch.device:
@@ -199,22 +197,9 @@ class DataBank:
         """Stored rows (C, D) in their dtype, and their extra columns (C, NUM_EXTRA) float32: of a slice views."""
         return self._rows[rows], self._extra[rows]
 
-    @property
-    def origin(self) -> Tensor:
-        """What the network sees of a stored value of 0: () or (D,) float32."""
-        return self._shift
-
-    def to_query(self, direction: Tensor) -> Tensor:
-        """A vector (B, D) whose product with what the network sees is wanted, for products with stored values."""
-        return direction if self._as_stored else direction * self._scale
-
-    def from_sums(self, sums: Tensor, weight: Tensor) -> Tensor:
-        """Sums (B, D) of what the network sees, from those of stored values and their weights' sum (B, 1)."""
-        return sums if self._as_stored else sums * self._scale + weight * self._shift
-
     def stored(self, rows: Tensor) -> Tensor:
         """What the network sees of stored rows, by their place on this rank (B,): (B, D) float32."""
-        return self._affine(self._rows[rows].float())
+        return self.affine(self._rows[rows].float())
 
     def log_count(self, rows: Tensor, column: Tensor) -> Tensor:
         """Log of how often stored rows (B,) occur, from the extra columns (B,) of `count_columns`: (B,) float32."""
@@ -248,8 +233,7 @@ class DataBank:
         check_index(index, self.num_rows)
         rows = self._rows[self.place_of(index)].reshape(len(index), *self.shape)
         own = self.labels_of(index) if self.has_labels and labels else None
-        scale, shift = (x.reshape(self.shape if x.ndim else ()) for x in (self._scale, self._shift))
-        return DataBank(rows, own, scale, shift)
+        return DataBank(rows, own, *self.affine.of_row)
 
     def rows_of_all(self, index: Tensor, sizes: list[int]) -> Tensor:
         """`rows` of a checked index, once every rank knows how many the ranks ask for."""
@@ -291,7 +275,7 @@ class DataBank:
         """Covariance of the training rows: (D, D) float64, the same on all ranks."""
         total = torch.zeros(self.num_dims, self.num_dims, dtype=torch.float64, device=self.device)
         for place in torch.arange(self.num_stored, device=self.device).split(piece(self.num_dims)):
-            centred = self._affine(self._rows[place].double()) - self.mean
+            centred = self.affine(self._rows[place].double()) - self.mean
             total += (centred * self._extra[place, 2, None].double().exp()).T @ centred
         return ranks.reduce(total, self.group) / self.num_rows
 
@@ -303,33 +287,20 @@ class DataBank:
         else:
             self._rows, self._extra = self._rows.to(device), self._extra.to(device)
         self._row_of, self.mean = self._row_of.to(device), self.mean.to(device)
-        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        self.affine.to(device)
         self.nearest = None if self.nearest is None else self.nearest.to(device)
         return self
 
     def __len__(self) -> int:
         return self.num_rows
 
-    def __deepcopy__(self, memo: dict) -> DataBank:
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataBank:
         return self
 
     def __repr__(self) -> str:
         labels = f"{len(self.classes)} labels" if self.has_labels else "no labels"
         shard = "" if self.group is None else f", {self.num_stored} of them on this rank"
         return f"DataBank({self.num_rows} rows, {self.num_distinct} distinct{shard}, shape {self.shape}, {labels})"
-
-
-def _per_value(value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A number for each value of a row, (D,) float32, or () where it is one for all."""
-    value = torch.as_tensor(value, dtype=torch.float32)
-    return value.reshape(()) if value.numel() == 1 else value.expand(shape).reshape(-1).contiguous()
-
-
-def _in_short(value: Tensor) -> float | str:
-    """A number, or what tells many of them (D,) from others."""
-    if value.ndim == 0:
-        return value.item()
-    return f"{len(value)} values with checksum {zlib.crc32(value.cpu().numpy().tobytes()):08x}"
 
 
 def _slices(labels: Tensor) -> dict[int, slice]:

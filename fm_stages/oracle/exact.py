@@ -6,6 +6,7 @@ Shapes: B queries, D values per row.  a = alpha(t), s = sigma(t).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from fm_stages.flow import Path, check_time, expand_time
 from fm_stages.oracle import ranks
 from fm_stages.oracle.bank import DataBank, count_columns
-from fm_stages.oracle.inputs import check_index, check_tensor
+from fm_stages.oracle.inputs import check_tensor
 from fm_stages.oracle.kernels import factors, full_precision
 from fm_stages.oracle.merge import Partial
+from fm_stages.oracle.queries import check_queries, check_values
 from fm_stages.oracle.rescoring import rescore
 from fm_stages.oracle.selection import CPU_GROUP, GPU_GROUP, groups
 from fm_stages.oracle.skipping import certified
@@ -64,7 +66,7 @@ class Oracle:
             0: none.
 
     Raises:
-        TypeError: without a bank.
+        TypeError: without a bank, or a path.
         ValueError: if the tolerance is not in [0, 1e-3].
     """
 
@@ -84,6 +86,8 @@ class Oracle:
         if not isinstance(bank, self.takes):
             kind = self.takes.__name__
             raise TypeError(f"{type(self).__name__} needs a {kind}, {kind}(...), got {type(bank).__name__}")
+        if not isinstance(path, Path):
+            raise TypeError(f"{type(self).__name__} needs the path of x_t, as LinearPath(), got {path!r:.80}")
         if not 0 <= tolerance <= 1e-3:
             raise ValueError(f"the tolerance is a share of the posterior mass in [0, 1e-3], got {tolerance}")
         self.bank = bank
@@ -124,7 +128,7 @@ class Oracle:
             ValueError: also where sigma(t) = 0: u* is undefined there, so a solver's last step should start earlier.
         """
         with ranks.together(self.bank.group):
-            self._check_values("queries", x_t)
+            check_values("queries", x_t, self.bank, self.query_dtype)
             check_tensor("times", t)
             check_time(t)
             wide, t = x_t.float(), t.float()
@@ -165,7 +169,7 @@ class Oracle:
         scale = expand_time(self.path.mean_coefficient(t.double()), x1)
         return self.path.velocity(x0, x1, t) + torch.where(away == 0, 0.0, scale * away).float()
 
-    def __deepcopy__(self, memo: dict) -> Oracle:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Oracle:
         return self
 
     def check(
@@ -186,49 +190,8 @@ class Oracle:
             "giving an index": index is not None,
             "skipping queries": self._may_skip(),
         }
-        if tuple(x_t.shape[1:]) != self.bank.shape or (len(x_t) == 0 and self.bank.group is None):
-            raise ValueError(
-                f"queries are (B, ...) = (B, *{self.bank.shape}) like the bank's rows, got {tuple(x_t.shape)}"
-            )
-        self._check_values("queries", x_t)
-        self._check_device("times", t)
-        expand_time(t, x_t)
-        check_time(t)
-        if x1 is not None:
-            self._check_values("data", x1)
-            if x1.shape != x_t.shape:
-                raise ValueError(f"noise {tuple(x_t.shape)} and data {tuple(x1.shape)} need one shape")
-        if index is not None:
-            check_tensor("index", index)
-            check_index(index, self.bank.num_rows)
-            if len(index) != len(x_t):
-                raise ValueError(f"need one index per query, got {len(index)} for {len(x_t)} queries")
-        if labels is None:
-            return torch.full((len(x_t),), -1, device=x_t.device)
-        check_tensor("labels", labels)
-        if labels.shape != t.shape or labels.is_floating_point():
-            raise ValueError(
-                f"need one integer label per query, -1 for unconditional: got {labels.dtype} of shape "
-                f"{tuple(labels.shape)} for {len(x_t)} queries"
-            )
-        for label in labels.unique().tolist():
-            self.bank.slice_of(label)  # raises if there is none
-        return labels.to(x_t.device)
-
-    def _check_device(self, name: str, x: Tensor) -> None:
-        check_tensor(name, x)
-        if x.device != self.bank.device:
-            raise ValueError(f"the bank is on {self.bank.device}, the {name} on {x.device}: move it: bank.to(...)")
-
-    def _check_values(self, name: str, x: Tensor) -> None:
-        """Raise unless these (B, ...) are finite numbers, as the network sees them, where the bank is."""
-        self._check_device(name, x)
-        if not x.is_floating_point():
-            raise ValueError(f"{name} are floating point, as the network sees them: got {x.dtype}")
-        finite = torch.isfinite(x.to(self.query_dtype))
-        if not bool(finite.all()):
-            row = int((~finite).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"row {row} of the {name} holds NaN or infinity: no posterior belongs to it")
+        check_queries(self.bank, x_t, t, labels, index, x1, self.query_dtype)
+        return torch.full((len(x_t),), -1, device=x_t.device) if labels is None else labels.to(x_t.device)
 
     def _may_skip(self) -> bool:
         """Whether whole queries may be certified: distances are there, and weights are those of the bank's rows."""

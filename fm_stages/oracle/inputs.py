@@ -1,4 +1,4 @@
-"""What is refused before anything is computed: rows, indices and queries that no answer would belong to."""
+"""What is refused before anything is computed: rows and indices that no answer would belong to."""
 
 from __future__ import annotations
 

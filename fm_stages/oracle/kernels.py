@@ -79,11 +79,11 @@ def factors(bank: DataBank, x_t: Tensor, a: Tensor, s: Tensor, column: Tensor | 
     """
     away = x_t - a * bank.mean  # float64
     query = torch.zeros(len(x_t), bank.num_dims + NUM_EXTRA, dtype=torch.float32, device=x_t.device)
-    query[:, : bank.num_dims] = bank.to_query(a / s**2 * away).float()
+    query[:, : bank.num_dims] = bank.affine.to_query(a / s**2 * away).float()
     query[:, bank.num_dims] = (-(a**2) / (2 * s**2))[:, 0].float()
     if column is not None:
         query.scatter_(1, bank.num_dims + column[:, None], 1.0)
-    across = away @ (bank.origin - bank.mean)
+    across = away @ (bank.affine.shift - bank.mean)
     offset = (a / s**2)[:, 0] * across - torch.linalg.vector_norm(away, dim=1).square() / (2 * s[:, 0] ** 2)
     return query, offset
 

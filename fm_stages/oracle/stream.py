@@ -268,7 +268,7 @@ class Sums:
         weight = self.weight.double()
         total, extra = self.total.double().split([bank.num_dims, NUM_EXTRA], 1)
         best = bank.stored(self.best).double()
-        moment = bank.from_sums(total, weight[:, None]) - weight[:, None] * best
+        moment = bank.affine.from_sums(total, weight[:, None]) - weight[:, None] * best
 
         from_mean = best - bank.mean
         spread = extra[:, 0] - 2 * (moment * from_mean).sum(1) - weight * from_mean.square().sum(1)

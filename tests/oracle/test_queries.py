@@ -17,6 +17,12 @@ def oracle(request) -> Oracle:
     return MixtureOracle(GaussianMixtureBank(ROWS, ROWS.abs()), LinearPath())
 
 
+@pytest.mark.parametrize("path", [None, LinearPath, "LinearPath"], ids=repr)
+def test_what_is_no_path(path):
+    with pytest.raises(TypeError, match=r"^Oracle needs the path of x_t, as LinearPath\(\), got "):
+        Oracle(DataBank(ROWS), path)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(oracle, wrong):
     x = X.clone()
