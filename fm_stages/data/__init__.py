@@ -2,7 +2,6 @@
 
 from fm_stages.data.as_pictures import Pictures, pictures_of
 from fm_stages.data.atomic_files import PART, remove_parts, whole_file, whole_folder
-from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.batches import describe_shares
 from fm_stages.data.encode import Encoder, Encoding, planned_index, rows_per_shard, sums_of_shard
 from fm_stages.data.foreign import (
@@ -16,6 +15,7 @@ from fm_stages.data.foreign import (
     read_yaml,
     read_yaml_file,
 )
+from fm_stages.data.host import available_memory_bytes
 from fm_stages.data.image_files import ImageFiles, list_images, splits_of
 from fm_stages.data.images import CIFAR10, Digits, FashionMNIST, ImageFolder
 from fm_stages.data.latent_index import LatentIndex, locked
@@ -29,7 +29,7 @@ from fm_stages.data.loading import (
     to_model_range,
     to_pixels,
 )
-from fm_stages.data.module import TrainingData
+from fm_stages.data.module import Opened, TrainingData
 from fm_stages.data.pixels import ImageData, Splits
 from fm_stages.data.rows import Rows, read_rows, some_rows
 from fm_stages.data.shard_writing import check_own_files, complete_folder, list_of_sources, open_folder, write_shard
@@ -39,9 +39,6 @@ from fm_stages.data.without_memory import TooLargeError, without_memory
 
 __all__ = [
     "CIFAR10",
-    "PART",
-    "PRECISIONS",
-    "VAE",
     "Digits",
     "Encoder",
     "Encoding",
@@ -55,12 +52,16 @@ __all__ = [
     "LabelledRows",
     "LatentIndex",
     "Latents",
+    "Opened",
+    "PART",
+    "PRECISIONS",
     "Pictures",
     "Planned",
     "Rows",
     "Splits",
     "TooLargeError",
     "TrainingData",
+    "VAE",
     "available_memory_bytes",
     "channel_statistics",
     "check_array",
@@ -77,13 +78,14 @@ __all__ = [
     "locked",
     "open_folder",
     "parse_json",
-    "read_array_header",
-    "read_json",
-    "read_yaml",
-    "read_yaml_file",
     "pictures_of",
     "planned_index",
+    "read_array_header",
+    "read_json",
     "read_rows",
+    "read_yaml",
+    "read_yaml_file",
+    "remove_parts",
     "rows_per_shard",
     "some_rows",
     "splits_of",
@@ -91,10 +93,9 @@ __all__ = [
     "sums_of_shard",
     "to_model_range",
     "to_pixels",
-    "remove_parts",
     "whole_file",
     "whole_folder",
-    "write_shard",
     "without_memory",
+    "write_shard",
     "write_statistics",
 ]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fm_stages.data.bank import available_memory_bytes
 from fm_stages.data.foreign import check_array, parse_json
+from fm_stages.data.host import available_memory_bytes
 from fm_stages.data.stored_rows import StoredRows, as_labels, check_shape, kept_dtype
 
 _MOMENTS = "img-mean-std"

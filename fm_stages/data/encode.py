@@ -7,7 +7,6 @@ device, changes it by the VAE's rounding.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fm_stages.data.host import num_processors
 from fm_stages.data.image_files import ImageFiles, open_square
 from fm_stages.data.latent_index import LatentIndex
 from fm_stages.data.loading import to_model_range
@@ -29,6 +29,9 @@ from fm_stages.flow import keyed_normal
 
 MOST_ROWS, LEAST_ROWS, SHARDS_PER_RANK = 10_000, 256, 8
 """Rows of a shard: as many as the peers' have, fewer where ranks would be left without work, but no crumbs."""
+
+_Ahead = tuple[tuple[int, range], list[Future[tuple[Tensor, bool]]], list[Future[Tensor | None]]]
+"""A batch, the pixels of its images, and the noise of each version."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Encoder:
         num_workers: int | None = None,
     ) -> None:
         self.vae, self.images, self.index, self.encoding = vae, images, index, encoding
-        self.batch_size, self.num_workers = batch_size, num_workers or _processors()
+        self.batch_size, self.num_workers = batch_size, num_workers or num_processors()
         self.num_enlarged = 0
         self._on_gpu = vae.device.type == "cuda"
 
@@ -176,7 +179,7 @@ class Encoder:
     ) -> Iterator[tuple[tuple[int, range], Tensor, list[Tensor | None]]]:
         """Batches with their pixels and noise, made by threads while earlier ones are encoded."""
         ahead = 2 + self.num_workers // self.batch_size
-        waiting: deque[tuple[tuple[int, range], list[Future], list[Future]]] = deque()
+        waiting: deque[_Ahead] = deque()
         pool = ThreadPoolExecutor(self.num_workers)  # PIL frees the interpreter lock while it decodes and resizes
         try:
             for batch in chain(batches, [None] * ahead):
@@ -229,9 +232,3 @@ def sums_of_shard(file: Path, encoding: Encoding) -> list[ChannelSums]:
             ]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {file} ({error}): remove it and run the same fm-stages encode again") from error
-
-
-def _processors() -> int:
-    """Threads that decode on this rank, where its launcher says how many ranks share the machine."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), 16)

@@ -8,6 +8,7 @@ import pickletools
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -181,6 +182,19 @@ def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, list | tuple):
         for i, value in enumerate(tree):
             yield from _tensors(value, f"{name}[{i}]")
+
+
+@contextmanager
+def reading_image(file: str | Path) -> Iterator[None]:
+    """Make one error, with the file's name, of the many that PIL's readers raise.
+
+    Raises:
+        ValueError: in place of whatever was raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot read the image {file} ({error}): repair or remove it") from error
 
 
 def open_picture(file: str | Path) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from fm_stages.data.foreign import open_picture
+from fm_stages.data.foreign import open_picture, reading_image
 from fm_stages.data.images import training_folder
 
 
@@ -105,7 +105,7 @@ def open_square(file: Path, image_size: int) -> tuple[Tensor, bool]:
     Raises:
         ValueError: if the file cannot be read, with its name.
     """
-    try:
+    with reading_image(file):
         image = open_picture(file)
         enlarged = min(image.size) < image_size
         while min(image.size) >= 2 * image_size:
@@ -114,6 +114,4 @@ def open_square(file: Path, image_size: int) -> tuple[Tensor, bool]:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
         pixels = np.asarray(image.crop((left, top, left + image_size, top + image_size)))
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous(), enlarged
-    except Exception as error:  # PIL's readers fail in many ways
-        raise ValueError(f"cannot read the image {file} ({error}): repair or remove it") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous(), enlarged

@@ -12,8 +12,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fm_stages.data.bank import available_memory_bytes, is_first_rank
-from fm_stages.data.foreign import open_picture
+from fm_stages.data.foreign import open_picture, reading_image
+from fm_stages.data.host import available_memory_bytes, is_first_rank
 from fm_stages.data.pixels import ImageData, Splits
 from fm_stages.flow import keyed_generator
 
@@ -274,10 +274,8 @@ def decode(files: list[str], image_size: int) -> Tensor:
     to_square = v2.Compose([resize, v2.CenterCrop(image_size), v2.PILToTensor()])
 
     def decode_one(i: int) -> None:
-        try:
+        with reading_image(files[i]):
             images[i] = to_square(open_picture(files[i]))
-        except Exception as error:  # PIL's readers fail in many ways
-            raise ValueError(f"cannot read the image {files[i]} ({error}): repair or remove it") from error
 
     with ThreadPoolExecutor() as pool:  # PIL frees the interpreter lock while it decodes
         work = pool.map(decode_one, range(len(files)))

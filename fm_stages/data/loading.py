@@ -44,7 +44,7 @@ class Planned(NamedTuple):
     step: int = 0
 
 
-class LabelledRows(Dataset, ABC):
+class LabelledRows(Dataset[dict[str, Tensor]], ABC):
     """N images in the form that a bank holds them, with labels, read a whole batch at once: an item is a `Planned`.
 
     What the network sees of stored values is ``scale * stored + shift`` in float32, with the bits that the bank gives.
@@ -173,7 +173,7 @@ class LabelledImages(LabelledRows):
         return self.x1(Planned(index, index)), self.labels[index % len(self)]
 
 
-class EpochSampler(DistributedSampler):
+class EpochSampler(DistributedSampler[Planned]):
     """Whole micro-batches of shuffled bank rows, for ``DataLoader(..., batch_size=None)``.
 
     Micro-batch m of an optimizer step on rank r of R takes the positions [(m R + r) b, (m R + r + 1) b) of the global
@@ -252,7 +252,7 @@ class EpochSampler(DistributedSampler):
             yield Planned(rows[step * self.batch_size + positions], positions, number)
 
 
-class HeldOutSampler(DistributedSampler):
+class HeldOutSampler(DistributedSampler[Planned]):
     """Every held-out image exactly once, in order; all ranks make the same number of batches, and none is empty.
 
     Contiguous parts, one after the other to each rank, differ by at most one image. A part holds at most

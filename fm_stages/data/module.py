@@ -1,7 +1,6 @@
 """What all data modules share: batches, bank, and the place in the data that a restart needs."""
 
 import math
-import signal
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,36 +9,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from fm_stages.data.bank import available_memory_bytes, bank_of
+from fm_stages.data.bank import bank_of
 from fm_stages.data.batches import accumulate, recount
+from fm_stages.data.host import available_memory_bytes
 from fm_stages.data.loading import EpochSampler, HeldOutSampler, LabelledRows
+from fm_stages.data.workers import Loader, planned_loader
 from fm_stages.oracle import BankPlan, DataBank, GaussianMixtureBank, plan_bank, together
-
-WORKER_GRACE_SEC = 30
-"""Seconds for which a worker goes on after SIGTERM."""
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Let what ends a run not end its workers at once: SLURM and terminals signal all processes.
-
-    The run finishes its step, for which it may need a batch, and then ends its workers. Should it wait for one to obey
-    SIGTERM, it does not wait long.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SEC))
-
-
-class _ResumableLoader(DataLoader):
-    """Spares a resumed run Lightning's warning of unreliable results: the place is in the data module's state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
 
 class Opened(NamedTuple):
@@ -190,7 +166,7 @@ class TrainingData(L.LightningDataModule):
         values, value_bytes = math.prod(train.shape), train.dtype.itemsize
         return plan_bank(num_rows, values, value_bytes, memory_bytes, num_ranks, self.shard_bank)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """Micro-batches of this rank, from the Trainer's place in the epoch on.
 
         Raises:
@@ -199,7 +175,9 @@ class TrainingData(L.LightningDataModule):
         """
         train, trainer = self._ready().train, self.trainer
         if trainer is None:
-            return self._loader(train, EpochSampler(train, self.batch_size, flip=self.flip, seed=self.seed))
+            return planned_loader(
+                train, EpochSampler(train, self.batch_size, flip=self.flip, seed=self.seed), self.num_workers
+            )
         self._check_resumable()
         sampler = EpochSampler(
             train,
@@ -211,13 +189,13 @@ class TrainingData(L.LightningDataModule):
             accumulation=trainer.accumulate_grad_batches,
             place=self._place,
         )
-        return self._loader(train, sampler)
+        return planned_loader(train, sampler, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Loader:
         """Held-out batches of this rank: each image once over all ranks, in order."""
         val = self._ready().val
         ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
-        return self._loader(val, HeldOutSampler(val, self.val_batch_size, **ranks))
+        return planned_loader(val, HeldOutSampler(val, self.val_batch_size, **ranks), self.num_workers)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave positions on the CPU, where random draws are keyed: to read them back would wait for the device."""
@@ -281,17 +259,6 @@ class TrainingData(L.LightningDataModule):
             self.setup()
         assert self._opened is not None
         return self._opened
-
-    def _loader(self, dataset: LabelledRows, sampler: EpochSampler | HeldOutSampler) -> DataLoader:
-        return _ResumableLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,  # an item of the sampler is a whole batch
-            num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=torch.cuda.is_available() and dataset.on_host,
-            generator=torch.Generator(),  # seeds the workers; the global one would advance with every iteration
-        )
 
     def _order(self) -> dict[str, int | bool]:
         """What decides which images a micro-batch holds, beside the place."""

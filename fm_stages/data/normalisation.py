@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fm_stages.data.bank import is_first_rank
 from fm_stages.data.foreign import load_tensors
+from fm_stages.data.host import is_first_rank
 from fm_stages.data.latent_index import INDEX, STATISTICS, LatentIndex, locked
 from fm_stages.data.statistics import channel_statistics, write_statistics
 from fm_stages.data.stored_rows import PIECE, StoredRows

@@ -11,8 +11,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from fm_stages.data.array_files import open_array
-from fm_stages.data.bank import available_memory_bytes
-from fm_stages.data.foreign import check_pixels
+from fm_stages.data.foreign import check_pixels, reading_image
+from fm_stages.data.host import available_memory_bytes
 from fm_stages.data.images import class_files, decode, training_folder
 from fm_stages.data.latent_files import files_below, open_latents
 from fm_stages.data.latent_index import INDEX
@@ -123,7 +123,7 @@ def _open_folder(folder: Path, image_size: int | None) -> StoredRows:
     if (folder / INDEX).exists():
         return _open_latents(folder)
     suffixes = {"images": IMG_EXTENSIONS, ".safetensors files": (".safetensors",), ".npy files": (".npy",)}
-    of_kind = dict(zip(suffixes, files_below(folder, suffixes), strict=True))
+    of_kind = files_below(folder, suffixes)
     kinds = [kind for kind, those in of_kind.items() if those]
     if len(kinds) != 1:
         raise ValueError(f"{folder} holds {' and '.join(kinds) or 'nothing that can be read'}: give {_ACCEPTED}")
@@ -179,13 +179,10 @@ def _survey(files: list[Path], size_is_given: bool) -> tuple[bool, list[tuple[in
     """Whether all images are grey, and the sizes that occur, from the headers; no further than needed."""
     grey, sizes = True, set()
     for file in tqdm(files, "Reading image headers", unit="image", delay=1):
-        try:
-            with Image.open(file) as image:
-                check_pixels(image)
-                grey = grey and image.mode in ("1", "L")
-                sizes.add(image.size)
-        except Exception as error:  # PIL's readers fail in many ways
-            raise ValueError(f"cannot read the image {file} ({error}): repair or remove it") from error
+        with reading_image(file), Image.open(file) as image:
+            check_pixels(image)
+            grey = grey and image.mode in ("1", "L")
+            sizes.add(image.size)
         if size_is_given and not grey:
             break
     return grey, sorted(sizes)

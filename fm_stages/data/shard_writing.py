@@ -169,9 +169,7 @@ def write_shard(folder: Path, index: LatentIndex, number: int, tensors: dict[str
             save_file(tensors, part, metadata={_JOB: job_of(index, number)})
             shard = _described(part, index, number, file.name)
         with locked(folder, "index"):
-            listed = read_index(folder)
-            if listed is None:
-                raise ValueError(f"{folder / INDEX} is gone: run the same fm-stages encode again, which makes it anew")
+            listed = _index_there(folder)
             listed.shards[number] = shard
             write_index(folder, listed)
 
@@ -184,14 +182,20 @@ def complete_folder(folder: Path, statistics: dict[str, Tensor]) -> LatentIndex:
     """
     file = folder / STATISTICS
     with locked(folder, "index"), _space_for(file):
-        index = read_index(folder)
-        if index is None:
-            raise ValueError(f"{folder / INDEX} is gone: run the same fm-stages encode again, which makes it anew")
+        index = _index_there(folder)
         check_shards(folder, index)
         write_statistics(file, statistics)
         index.normalisation = {"file": file.name, "sha256": sha256_of(file), "rows": "all"}
         write_index(folder, index)
         return index
+
+
+def _index_there(folder: Path) -> LatentIndex:
+    """The index that `open_folder` wrote."""
+    index = read_index(folder)
+    if index is None:
+        raise ValueError(f"{folder / INDEX} is gone: run the same fm-stages encode again, which makes it anew")
+    return index
 
 
 @contextmanager

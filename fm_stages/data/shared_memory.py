@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fm_stages.data.bank import available_memory_bytes, is_first_rank
+from fm_stages.data.host import available_memory_bytes, is_first_rank
 from fm_stages.data.stored_rows import PIECE
 from fm_stages.oracle import gather_objects, together
 

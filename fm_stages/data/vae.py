@@ -133,7 +133,7 @@ class VAE:
             images = self._model.decode(latents).sample
         return images.float().clamp(-1, 1)
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _probe(self) -> tuple[int, int, bool]:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
-from fm_stages.data import ImageData
-from fm_stages.data.pixels import Splits
+from fm_stages.data import ImageData, Splits
 
 NUM_TRAIN, NUM_VAL, BATCH = 23, 7, 4
 STEPS = NUM_TRAIN // BATCH  # per epoch

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fm_stages.data import ImageData
-from fm_stages.data.module import Opened
-from fm_stages.data.pixels import Splits
+from fm_stages.data import ImageData, Opened, Splits
 from fm_stages.flow import LinearPath, UniformTimesteps
 
 NUM_TRAIN, NUM_VAL = 240, 24

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fm_stages import plots
-from fm_stages.data import ImageData
-from fm_stages.data.pixels import Splits
+from fm_stages.data import ImageData, Splits
 from fm_stages.flow import CosinePath, LinearPath
 from fm_stages.networks import DiT
 from fm_stages.training import FlowMatching
