@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from fm_stages.data.array_files import open_array_folder, open_array_zip
-from fm_stages.data.latent_index import INDEX, LatentIndex, check_shards, read_index
+from fm_stages.data.latent_index import INDEX, LatentIndex, check_shards, compare_checksums, read_index
 from fm_stages.data.stored_rows import StoredRows
 from fm_stages.data.tensor_files import open_tensors
 
@@ -19,12 +19,12 @@ LAYOUTS = (
 )
 
 
-def open_latents(place: Path, verify: bool = False) -> tuple[StoredRows, LatentIndex | None]:
+def open_latents(place: Path, verify: slice | None = None) -> tuple[StoredRows, LatentIndex | None]:
     """Find out what there is, without reading the rows.
 
     Args:
         place: the folder, or a ``.zip``.
-        verify: whether to compare the checksums of an index's shards, which reads them whole.
+        verify: the shards of an index, by number, that are read whole to compare their checksums; None: none.
 
     Returns:
         The rows as they are stored, and the index where there is one.
@@ -41,13 +41,15 @@ def open_latents(place: Path, verify: bool = False) -> tuple[StoredRows, LatentI
         return open_array_zip(place), None
     index = read_index(place)
     if index is not None:
-        check_shards(place, index, verify)
+        check_shards(place, index)
+        if verify is not None:
+            compare_checksums(place, index, range(index.num_shards)[verify])
         rows = open_tensors([place / index.shards[number].file for number in range(index.num_shards)])
         return rows._replace(class_names=list(index.class_names)), index
-    if verify:
+    if verify is not None:
         raise ValueError(f"verify compares the checksums of {INDEX}, which {place} lacks: leave it out")
     suffixes: dict[str, tuple[str, ...]] = {".safetensors files": (".safetensors",), ".npy files": (".npy",)}
-    shards, arrays = files_below(place, suffixes)
+    shards, arrays = files_below(place, suffixes).values()
     if bool(shards) == bool(arrays):
         held = " and ".join(suffixes) if shards else "no latents"
         raise ValueError(f"{place} holds {held}: give {LAYOUTS}")
@@ -58,7 +60,7 @@ def open_latents(place: Path, verify: bool = False) -> tuple[StoredRows, LatentI
     return open_tensors(shards), None
 
 
-def files_below(folder: Path, suffixes: dict[str, tuple[str, ...]]) -> list[list[Path]]:
-    """Files of a folder at any depth, in order, by their kinds."""
+def files_below(folder: Path, suffixes: dict[str, tuple[str, ...]]) -> dict[str, list[Path]]:
+    """Files of a folder at any depth, in order, by their kinds, of which each has its ``suffixes``."""
     files = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-    return [[file for file in files if file.suffix.lower() in ends] for ends in suffixes.values()]
+    return {kind: [file for file in files if file.suffix.lower() in ends] for kind, ends in suffixes.items()}

@@ -28,12 +28,15 @@ from tqdm import tqdm
 
 from fm_stages.data.atomic_files import whole_file
 from fm_stages.data.foreign import read_json
+from fm_stages.data.host import is_first_rank
 
 INDEX, SOURCES, STATISTICS = "index.json", "sources.txt", "latents_stats.pt"
 VERSION = 1
 
 LOCK_SEC = 600
 """How long one process waits for another that holds a folder's lock, unless told otherwise."""
+
+_AGAIN = "remove it and run the same fm-stages encode again, or copy it once more"
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 
@@ -184,21 +187,18 @@ def locked(folder: Path, purpose: str, timeout_sec: float = LOCK_SEC) -> Iterato
         own.release()
 
 
-def check_shards(folder: Path, index: LatentIndex, checksums: bool = False, shards: range | None = None) -> None:
-    """Hold the shards that an index lists against their files: size, tensors, dtypes, shapes, and what is asked for.
+def check_shards(folder: Path, index: LatentIndex, shards: range | None = None) -> None:
+    """Hold the shards that an index lists against their files: size, tensors, dtypes and shapes.
 
     Args:
         folder: of the files.
         index: of the folder.
-        checksums: whether to read the files whole, under a progress bar, and compare their checksums.
         shards: which to look at; None: all. An unfinished one among them is missing.
 
     Raises:
         ValueError: on the first file that is missing, truncated or other than the index says, with the remedy.
     """
-    again = "remove it and run the same fm-stages encode again, or copy it once more"
-    wanted = range(index.num_shards) if shards is None else shards
-    for number in tqdm(wanted, "Comparing checksums", unit="shard", disable=not checksums, delay=1):
+    for number in range(index.num_shards) if shards is None else shards:
         shard = index.shards.get(number)
         if shard is None:
             raise ValueError(
@@ -207,16 +207,31 @@ def check_shards(folder: Path, index: LatentIndex, checksums: bool = False, shar
             )
         file = folder / shard.file
         if not file.is_file():
-            raise ValueError(f"{file} is missing, though {INDEX} lists it: {again.removeprefix('remove it and ')}")
+            raise ValueError(f"{file} is missing, though {INDEX} lists it: {_AGAIN.removeprefix('remove it and ')}")
         if (size := file.stat().st_size) != shard.num_bytes:
-            raise ValueError(f"{file} has {size} bytes, {INDEX} says {shard.num_bytes}: {again}")
+            raise ValueError(f"{file} has {size} bytes, {INDEX} says {shard.num_bytes}: {_AGAIN}")
         expected = {name: (kind["dtype"], [shard.num_rows, *kind["shape"]]) for name, kind in index.tensors.items()}
         found = header_of(file)
         if found != expected:
             name = next(name for name in {**expected, **found} if found.get(name) != expected.get(name))
-            raise ValueError(f"{file} holds {name} as {found.get(name)}, {INDEX} says {expected.get(name)}: {again}")
-        if checksums and sha256_of(file) != shard.sha256:
-            raise ValueError(f"{file} is not what was written, its checksum differs from {INDEX}'s: {again}")
+            raise ValueError(f"{file} holds {name} as {found.get(name)}, {INDEX} says {expected.get(name)}: {_AGAIN}")
+
+
+def compare_checksums(folder: Path, index: LatentIndex, shards: range) -> None:
+    """Read shards whole, under a progress bar, and hold their checksums against the index.
+
+    Args:
+        folder: of the files, for which `check_shards` found no fault.
+        index: of the folder.
+        shards: which.
+
+    Raises:
+        ValueError: on the first that is not what was written, with the remedy.
+    """
+    for number in tqdm(shards, "Comparing checksums", unit="shard", disable=not is_first_rank(), delay=1):
+        file = folder / index.shards[number].file
+        if sha256_of(file) != index.shards[number].sha256:
+            raise ValueError(f"{file} is not what was written, its checksum differs from {INDEX}'s: {_AGAIN}")
 
 
 def header_of(file: Path) -> dict[str, tuple[str, list[int]]]:

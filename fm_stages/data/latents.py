@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fm_stages.data.images import mixed, stratified_split
 from fm_stages.data.latent_files import open_latents
@@ -21,6 +20,7 @@ from fm_stages.data.normalisation import Normalisation, normalised
 from fm_stages.data.shared_memory import in_memory
 from fm_stages.data.stored_rows import StoredRows
 from fm_stages.data.vae import VAE, load_vae
+from fm_stages.data.workers import Loader
 
 DECODED = 8
 """Latents that are decoded at a time: a VAE takes some 0.5 GiB for an image of 256x256."""
@@ -54,7 +54,8 @@ class Latents(TrainingData):
         split_seed: of its choice.
         vae: folder or name on the hub of the VAE, by which what is drawn becomes pictures; None: what the index names.
             It is loaded when the first picture is wanted; ``none``: never, pictures are then of the first channels.
-        verify: whether to compare the checksums of the shards with the index, which reads them whole.
+        verify: whether to compare the checksums of the shards with the index, which reads them whole; the ranks of a
+            host share them out.
         kwargs: as for `TrainingData`.
 
     Raises:
@@ -99,7 +100,7 @@ class Latents(TrainingData):
             FileNotFoundError: if there is no such folder.
             ValueError: if it holds something else, or held-out rows do not fit the others.
         """
-        rows, self.index = open_latents(self.data_dir, self.verify)
+        rows, self.index = open_latents(self.data_dir, self._own_shards())
         if len(rows.shape[-3:]) != 3 or rows.dtype == torch.uint8:
             raise ValueError(
                 f"{self.data_dir} holds rows of {rows.dtype} and shape {rows.shape}: latents are (C, H, W)"
@@ -122,7 +123,7 @@ class Latents(TrainingData):
         train.on_host = self.residency != "device"
         return Opened(train, LatentRows(held_out, mixed(kept), len(names), self.seed, in_bank=False), names)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """See `TrainingData.train_dataloader`. Every rank calls this: rows are brought to where they reside.
 
         Raises:
@@ -199,6 +200,13 @@ class Latents(TrainingData):
         parts = (decoder.decode((part.float() - shift) / scale) for part in images.split(DECODED))
         return torch.cat([to_pixels(part) for part in parts]).to(images.device)
 
+    def _own_shards(self) -> slice | None:
+        """Which shards this rank reads whole to verify them: of each host, all that lie there, each once."""
+        if not self.verify:
+            return None
+        trainer = self.trainer if self._on_ranks else None
+        return slice(None) if trainer is None else slice(trainer.local_rank, None, trainer.num_devices)
+
     def _held_out(self, rows: StoredRows) -> StoredRows | None:
         """The rows of val_dir, if there is one."""
         if self.val_dir is None:
@@ -207,7 +215,7 @@ class Latents(TrainingData):
             raise ValueError(
                 f"val_dir {self.val_dir} is data_dir, so that held-out rows would be trained on: name another"
             )
-        held_out, index = open_latents(self.val_dir, self.verify)
+        held_out, index = open_latents(self.val_dir, self._own_shards())
         for what, one, other in (
             ("rows of shape", rows.shape, held_out.shape),
             ("rows of", rows.dtype, held_out.dtype),

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from fm_stages.data import Latents, normalisation, shared_memory
+from fm_stages.data import Latents, latent_index, normalisation, shared_memory
 from fm_stages.networks import DiT
 from fm_stages.training import FlowMatching, OracleMonitor, OracleTarget
 
@@ -86,10 +86,11 @@ def error_of(work: Callable[[], object]) -> str:
 
 def run(folder: Path) -> dict[str, Any]:
     rank = dist.get_rank()
-    found: dict[str, Any] = {"made": []}
+    found: dict[str, Any] = {"made": [], "verified": []}
     undo = calls("channel_statistics", normalisation, found["made"])
+    undo_verified = calls("sha256_of", latent_index, found["verified"])
     for case, options in {
-        "disk": {"residency": "disk", "shard_bank": True},
+        "disk": {"residency": "disk", "shard_bank": True, "verify": True},
         "ram": {"residency": "ram", "shard_bank": True},
         "device, copies": {"residency": "device", "shard_bank": False},
         "device, shards": {"residency": "device", "shard_bank": True},
@@ -107,6 +108,7 @@ def run(folder: Path) -> dict[str, Any]:
             found["shared"] = memory[0].unique().tolist()
             found["left"] = [file.name for file in shared_memory.SHM.glob("fm-stages-*")]
     undo()
+    undo_verified()
 
     data = Latents(str(folder / "latents"), residency="ram", batch_size=8)
     own = os.posix_fallocate

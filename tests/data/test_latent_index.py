@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from fm_stages.data import latent_index
-from fm_stages.data.latent_index import INDEX, LatentIndex, Shard, check_shards, locked, read_index, write_index
+from fm_stages.data.latent_index import (
+    INDEX,
+    LatentIndex,
+    Shard,
+    check_shards,
+    compare_checksums,
+    locked,
+    read_index,
+    write_index,
+)
 
 
 @pytest.fixture
@@ -27,12 +36,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+def verify(folder, index):
+    check_shards(folder, index)
+    compare_checksums(folder, index, range(index.num_shards))
+
+
 def test_an_index_comes_back(folder):
     index = read_index(folder)
     assert index.complete
     assert [len(index.rows_of(number)) for number in range(3)] == [4, 4, 2]
     assert index.shards[2].num_rows == 2
-    check_shards(folder, index, checksums=True)
+    verify(folder, index)
     del index.shards[1]
     write_index(folder, index)
     again = read_index(folder)
@@ -77,7 +91,15 @@ def test_a_damaged_shard_is_named(folder, said):
     file = folder / index.file_of(1)
     DAMAGE[said](file)
     with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{said}.*(encode|copy)"):
-        check_shards(folder, index, checksums=True)
+        verify(folder, index)
+
+
+def test_checksums_can_be_shared_out(folder):
+    index = read_index(folder)
+    flip_a_byte(folder / index.file_of(1))
+    compare_checksums(folder, index, range(index.num_shards)[0::2])
+    with pytest.raises(ValueError, match="shard001.*checksum"):
+        compare_checksums(folder, index, range(index.num_shards)[1::2])
 
 
 @pytest.mark.parametrize("make", [other_shape, other_dtype])

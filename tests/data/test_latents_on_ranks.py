@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fm_stages.data import Latents
+from fm_stages.data.latent_index import read_index
 from tests.data import latent_folders as folders
 from tests.data.latents_on_ranks import NUM_STEPS, fit
 
@@ -49,6 +50,11 @@ def found(place, launch) -> list[dict]:
 class TestTwoRanks:
     def test_statistics_are_made_by_one(self, found):
         assert sum(len(rank["made"]) for rank in found) == 2  # of two folders
+
+    def test_shards_are_verified_once(self, found, place):
+        shards = [len(rank["verified"]) for rank in found]
+        assert min(shards) > 0
+        assert sum(shards) == read_index(place / "latents").num_shards
 
     @pytest.mark.parametrize("case", ["ram", "device, shards"])
     def test_residencies_train_alike(self, found, case):
