@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fm_stages.plots.losses import COLOURS
-from fm_stages.plots.style import shade_stages
+from fm_stages.plots.style import RUST, TIME, shade_stages
 
 
 def gap_of_arms(
@@ -57,7 +57,7 @@ def gap_of_arms(
     above.legend(fontsize=8)
     below.axhline(0, color="0.4", lw=0.9, ls=":")
     below.set_ylabel(f"difference to {reference}, %")
-    below.set_xlabel("t   (0 = noise, 1 = data)")
+    below.set_xlabel(TIME)
     for axes in (above, below):
         axes.set_xlim(0, 1)
         shade_stages(axes, boundary)
@@ -141,6 +141,6 @@ def _interval(axes: Axes, place: int, pair: Mapping[str, Any]) -> None:
     if low is None or high is None:
         axes.plot([pair["mean"]], [place], marker="o", ms=5, mfc="white", mec="0.4", ls="none")
         return
-    colour = "#c1440e" if low > 0 else "#2a6f4e" if high < 0 else "0.65"
+    colour = RUST if low > 0 else "#2a6f4e" if high < 0 else "0.65"
     axes.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="butt")
     axes.plot([pair["mean"]], [place], marker="o", ms=5, color=colour, ls="none")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from fm_stages.plots.style import shade_stages
+from fm_stages.plots.style import over_t
 
 
 def timestep_density(
@@ -28,11 +28,8 @@ def timestep_density(
     axes.axhline(1, color="0.6", ls=":", lw=1, label="uniform")
     for name, density in densities.items():
         axes.plot(t, density, label=name)
-    if boundary is not None:
-        shade_stages(axes, boundary)
-    axes.set_xlim(0, 1)
+    over_t(axes, boundary)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("t   (0 = noise, 1 = data)")
     axes.set_ylabel("density of training draws")
     axes.legend(fontsize=8)
     axes.set_title(title, pad=16, fontsize=10)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from fm_stages.plots.style import BLUE, RUST
+
 
 def evaluation(
     samples: np.ndarray,
@@ -38,7 +40,7 @@ def evaluation(
     width = 0.8 / max(len(known), 1)
     for number, (name, counts) in enumerate(known.items()):
         place = np.arange(len(counts)) + (number - (len(known) - 1) / 2) * width
-        right.bar(place, 100 * counts / counts.sum(), width, label=name, color=("#c1440e", "#3a7ca5")[number % 2])
+        right.bar(place, 100 * counts / counts.sum(), width, label=name, color=(RUST, BLUE)[number % 2])
     if known:
         right.legend(fontsize=8, loc="upper right", ncols=2)
         right.set_ylim(0, 1.2 * max(100 * counts.max() / counts.sum() for counts in known.values()))

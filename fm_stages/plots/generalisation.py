@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"train": "#253237", "held_out": "#c1440e"}
+from fm_stages.plots.style import INK, RUST
+
+COLOURS = {"train": INK, "held_out": RUST}
 NAMES = {"train": "training images", "held_out": "held-out images"}
 
 

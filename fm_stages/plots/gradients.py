@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fm_stages.plots.style import plain_log_ticks, shade_stages
+from fm_stages.plots.style import INK, PALE, RUST, over_t, plain_log_ticks
 
-COLOURS = {"regular": "#253237", "oracle": "#c1440e", "mean": "#9db4c0"}
+COLOURS = {"regular": INK, "oracle": RUST, "mean": PALE}
 
 
 def gradient_variance(
@@ -53,9 +53,7 @@ def gradient_variance(
     right.set_ylabel("ratio of the variances")
     for axes in (left, right):
         axes.set_yscale("log")
-        shade_stages(axes, boundary)
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("t   (0 = noise, 1 = data)")
+        over_t(axes, boundary)
         axes.legend(loc="best", fontsize=8)
         plain_log_ticks(axes.yaxis)
     figure.suptitle(title)

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from fm_stages.plots.style import RUST
+
 CELL = 0.5
 """Side of a picture's place, in inches; everything else is in units of it."""
 
@@ -22,7 +24,7 @@ PAIR, PANEL, NUMBERS, LEFT, ABOVE, BELOW = 2.25, 1.9, 5.6, 1.6, 2.4, 1.3
 COLUMNS = {"distance": 0.7, "ratio": 2.1, "memorized": 3.5, "as oracle": 5.0}
 """Numbers right of the pictures, and where."""
 
-FRAME = "#c1440e"
+FRAME = RUST
 TITLES = ("oracle until τ, then the model", "model until τ, then the oracle")
 
 

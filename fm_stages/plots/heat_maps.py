@@ -10,7 +10,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from fm_stages.plots.style import plain_log_ticks
+from fm_stages.plots.style import TIME, plain_log_ticks
 
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Times that are written beside the bins, which are even in logit(t)."""
@@ -80,7 +80,7 @@ def regular_over_steps(
         for axes, what in zip(row, ("training images", "held-out images", "held-out / training"), strict=True):
             axes.set_title(f"{what}, {name} weights", fontsize=10)
             _decorate(axes, edges, boundary)
-        row[0].set_ylabel("t   (0 = noise, 1 = data)")
+        row[0].set_ylabel(TIME)
         _bar(figure, left, list(row[:2]), "regular loss per value")
         _bar(figure, right, [row[2]], "ratio: above 1 = training images known by heart")
     figure.suptitle(title)

@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fm_stages.plots.style import shade_stages
+from fm_stages.plots.style import BLUE, GREEN, INK, PALE, RUST, over_t
 
-COLOURS = {"gap": "#c1440e", "floor": "#9db4c0", "regular": "#253237", "held_out": "#3a7ca5", "wiener": "#6a994e"}
+COLOURS = {"gap": RUST, "floor": PALE, "regular": INK, "held_out": BLUE, "wiener": GREEN}
+
+Series = Mapping[str, Sequence[float]]
+"""Numbers in each bin (K), by the name of the quantity."""
 
 
 def gap_by_t(
     edges: Sequence[float],
-    mean: Mapping[str, Sequence[float]],
-    sem: Mapping[str, Sequence[float]],
+    mean: Series,
+    sem: Series,
     boundary: float,
-    held_out: Mapping[str, Sequence[float]] | None = None,
+    held_out: Series | None = None,
     title: str = "",
 ) -> Figure:
     """Left: what the regular loss is made of, by t. Right: the gap beside the references that give it a meaning.
@@ -39,14 +42,12 @@ def gap_by_t(
     _loss_parts(left, centre, mean, held_out)
     _gap_and_references(right, centre, mean, sem, boundary, held_out)
     for axes in (left, right):
-        shade_stages(axes, boundary)
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("t   (0 = noise, 1 = data)")
+        over_t(axes, boundary)
     figure.suptitle(title)
     return figure
 
 
-def _loss_parts(axes: Axes, t: list[float], mean: Mapping, held_out: Mapping | None) -> None:
+def _loss_parts(axes: Axes, t: list[float], mean: Series, held_out: Series | None) -> None:
     axes.stackplot(
         t, mean["floor"], mean["gap"], colors=[COLOURS["floor"], COLOURS["gap"]], alpha=0.85,
         labels=["floor: no model can remove it", "gap: left to win"],
@@ -64,7 +65,7 @@ def _loss_parts(axes: Axes, t: list[float], mean: Mapping, held_out: Mapping | N
 
 
 def _gap_and_references(
-    axes: Axes, t: list[float], mean: Mapping, sem: Mapping, boundary: float, held_out: Mapping | None
+    axes: Axes, t: list[float], mean: Series, sem: Series, boundary: float, held_out: Series | None
 ) -> None:
     axes.plot(t, mean["zero"], color="0.6", ls=":", label="a network that predicts 0")
     axes.plot(t, mean["wiener"], color=COLOURS["wiener"], ls="--", label="the best linear model (Wiener)")

@@ -14,16 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fm_stages.plots.style import shade_stages
+from fm_stages.plots.style import GREEN, INK, RUST, TIME, shade_stages
 
 COLUMNS = {"image": "", "nearest": "nearest\ntraining", "second": "second\ntraining", "held_out": "nearest\nheld-out"}
 
 CELL, WIDE, HIGH, BETWEEN = 0.85, 1.12, 1.32, 1.0
 """Side of a picture in inches; in units of it a place's width and height, and the space between two kinds of images."""
 
-FRAME = "#c1440e"
+FRAME = RUST
 
-REFERENCE_STYLES = (("#c1440e", "-"), ("#c1440e", ":"), ("#6a994e", "-"))
+REFERENCE_STYLES = ((RUST, "-"), (RUST, ":"), (GREEN, "-"))
 
 
 def closest_pairs(kinds: Mapping[str, Mapping[str, Any]], threshold: float) -> Figure:
@@ -108,10 +108,10 @@ def memorization_index(curves: Mapping[str, Any], references: Collection[str]) -
     upper.set_ylabel("memorization index r\n(0: knows nothing, 1: oracle of T)")
     title = "navigation | refinement, each as one number"
     figure.legend(fontsize=8, loc="outside lower center", ncols=2, title=title, title_fontsize=8)
-    lower.plot(t, curves["difference"], color="#253237", marker=".")
+    lower.plot(t, curves["difference"], color=INK, marker=".")
     lower.set_ylabel("T and H differ by\n(RMS per value)")
     lower.set_ylim(0, 1.15 * max(curves["difference"]))
-    lower.set_xlabel("t   (0 = noise, 1 = data)")
+    lower.set_xlabel(TIME)
     lower.set_xlim(0, 1)
     lower.axvspan(0, curves["boundary"], color="0.93", zorder=-2)
     shade_stages(upper, curves["boundary"])

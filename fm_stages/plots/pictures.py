@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from fm_stages.plots.style import RUST
+
 CELL = 0.72
 """Side of a picture's place, in inches; everything else is in units of it."""
 
@@ -30,7 +32,7 @@ SMALLEST = 0.005
 HALF = 0.5
 """Weight from which on one image outweighs all others together: it gets a frame."""
 
-NAVIGATION, REFINEMENT, FRAME = "0.92", "#fdf1e7", "#c1440e"
+NAVIGATION, REFINEMENT, FRAME = "0.92", "#fdf1e7", RUST
 
 
 def posterior_strips(

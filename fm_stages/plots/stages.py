@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from fm_stages.plots.style import shade_stages
+from fm_stages.plots.style import BLUE, GREEN, INK, RUST, over_t
 
-KIND_COLOURS = {"the network's mix": "#253237", "unconditional": "#3a7ca5", "conditional": "#c1440e"}
+KIND_COLOURS = {"the network's mix": INK, "unconditional": BLUE, "conditional": RUST}
 
 
 def stage_curves(profile: Mapping[str, Any], guidance_interval: tuple[float, float] | None, title: str) -> Figure:
@@ -45,9 +45,7 @@ def stage_curves(profile: Mapping[str, Any], guidance_interval: tuple[float, flo
     _names(floor, "floor: what no model can win", "mean squared error per value")
     _guidance(last, t, profile, guidance_interval)
     for axes in (top, ess, floor, last):
-        shade_stages(axes, profile["boundary"])
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("t   (0 = noise, 1 = data)")
+        over_t(axes, profile["boundary"])
         axes.legend(fontsize=7, loc="best")
     figure.suptitle(title)
     return figure
@@ -119,12 +117,12 @@ def boundary_trends(
 
 def _row_trend(axes: Axes, rows: Mapping[str, Any], all_rows: int | None) -> None:
     points = rows["points"]
-    for name, colour in (("refinement_complete", "0.6"), ("boundary", "#c1440e"), ("navigation_end", "0.6")):
+    for name, colour in (("refinement_complete", "0.6"), ("boundary", RUST), ("navigation_end", "0.6")):
         _points(axes, points, "num_rows", name, colour, name.replace("_", " "))
     most = max(all_rows or 0, points[0]["num_rows"])
     x = np.geomspace(points[-1]["num_rows"], 10 * most, 50)
     expected = np.clip(rows["intercept"] + rows["slope"] * np.log(x), 0, 1)
-    axes.plot(x, expected, color="#c1440e", ls=":", lw=1, label="line through the larger half of the banks")
+    axes.plot(x, expected, color=RUST, ls=":", lw=1, label="line through the larger half of the banks")
     if most > points[0]["num_rows"]:
         axes.axvline(most, color="0.5", lw=0.8)
         axes.text(most, 0.02, f" all {most} rows", transform=axes.get_xaxis_transform(), fontsize=8, color="0.4")
@@ -169,12 +167,10 @@ def _guidance(axes: Axes, t: np.ndarray, profile: Mapping[str, Any], interval: t
         _names(axes, "posterior weight of the sample that x_t was made from", "weight")
         return
     curves = {"guidance": profile["guidance"], "sem": {"guidance": profile["guidance_sem"]}}
-    _band(axes, t, curves, "guidance", "#6a994e", "E||u*(label) - u*||² / D")
+    _band(axes, t, curves, "guidance", GREEN, "E||u*(label) - u*||² / D")
     _names(axes, "what the label adds to the oracle", "mean squared difference per value")
     if interval:
-        axes.axvspan(
-            *interval, ymax=0.04, color="#6a994e", alpha=0.5, label="guidance interval, by the rule (unvalidated)"
-        )
+        axes.axvspan(*interval, ymax=0.04, color=GREEN, alpha=0.5, label="guidance interval, by the rule (unvalidated)")
 
 
 def _names(axes: Axes, title: str, unit: str) -> None:

@@ -1,4 +1,4 @@
-"""What all figures share: a file format, and how the stages are shown."""
+"""What all figures share: a file format, colours, and how t and the stages are shown."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+RUST, INK, BLUE, GREEN, PALE = "#c1440e", "#253237", "#3a7ca5", "#6a994e", "#9db4c0"
+"""The colours of what stands in several figures: rust is the gap, and what a reader has to see."""
+
+TIME = "t   (0 = noise, 1 = data)"
+"""Label of an axis of times."""
 
 TICKS = {
     10: (1, 2, 5),
@@ -43,6 +49,14 @@ def plain_log_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=next(subs for ratio, subs in TICKS.items() if high >= ratio * low)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())  # of powers of ten
+
+
+def over_t(axes: Axes, boundary: float | None) -> None:
+    """Make t the horizontal axis, and show the stages if the boundary is known."""
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(TIME)
+    if boundary is not None:
+        shade_stages(axes, boundary)
 
 
 def shade_stages(axes: Axes, boundary: float) -> None:
