@@ -21,7 +21,9 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def _by_block(draw: Callable[[torch.Generator], Tensor], positions: Tensor, key: tuple, device: torch.device) -> Tensor:
+def _by_block(
+    draw: Callable[[torch.Generator], Tensor], positions: Tensor, key: tuple[int | str, ...], device: torch.device
+) -> Tensor:
     """Rows ``positions`` (B,) of an endless table whose block b is ``draw(generator of (*key, b))``."""
     if not len(positions):  # what a rank without samples of its own has to draw
         return draw(keyed_generator(*key, 0, device=device))[:0]

@@ -37,7 +37,7 @@ class Weighting(ABC):
 
     @abstractmethod
     def relative(self, t: Tensor, path: Path) -> Tensor:
-        """Weights (B,) at times (B,), both float64, before their mean is made 1."""
+        """Weights (B,) at times (B,), in their dtype, before their mean is made 1."""
 
     def prepare(self, path: Path, timesteps: TimestepSampler, importance: bool = False) -> None:
         """Make the mean 1 for this path and density.
@@ -197,8 +197,7 @@ class StageWeighting(Weighting):
 
     def relative(self, t: Tensor, path: Path) -> Tensor:
         """See `Weighting`."""
-        logit_boundary = math.log(self.boundary / (1 - self.boundary))
-        early = torch.sigmoid((logit_boundary - torch.logit(t)) / self.width)
+        early = _hand_over(t, self.boundary, self.width)
         return self.refinement + (self.navigation - self.refinement) * early
 
 
@@ -226,7 +225,7 @@ def weights_for_share(
         raise ValueError(f"the boundary must lie in (0, 1), got {boundary}")
     u = (torch.arange(NUM_QUANTILES, dtype=torch.float64) + 0.5) / NUM_QUANTILES
     t = (timesteps or UniformTimesteps()).icdf(u)
-    early = torch.sigmoid((math.log(boundary / (1 - boundary)) - torch.logit(t)) / width)
+    early = _hand_over(t, boundary, width)
     before = t < boundary
     draws, early_before, mean = (x.mean().item() for x in (before.double(), early * before, early))
     least, most = (draws - early_before) / max(1 - mean, 1e-12), early_before / max(mean, 1e-12)
@@ -238,3 +237,8 @@ def weights_for_share(
     k = (share - draws) / (early_before - share * mean)
     refinement = 1 / (1 + k * mean)
     return (1 + k) * refinement, refinement
+
+
+def _hand_over(t: Tensor, boundary: float, width: float) -> Tensor:
+    """From 1 at t = 0 to 0 at t = 1, and one half at the boundary: the sigmoid of the distance in logit(t)."""
+    return torch.sigmoid((math.log(boundary / (1 - boundary)) - torch.logit(t)) / width)
