@@ -5,6 +5,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+"""Where Linux says what memory there is, and what limits there are on a process."""
+
 
 def is_first_rank() -> bool:
     """Whether this is the rank that shows progress bars."""
@@ -12,12 +15,36 @@ def is_first_rank() -> bool:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be used without swapping, on Linux; elsewhere all there is."""
+    """Memory that can be used without swapping, on Linux; elsewhere all there is.
+
+    In a container, or a job of a cluster, no more than its limit leaves: the system kills whoever goes beyond.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        lines = (PROC / "meminfo").read_text().splitlines()
+        of_machine = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([of_machine, *_left_by_limits()])
+
+
+def _left_by_limits() -> list[int]:
+    """What is left of the limit on each control group (version 2) that this process is in, from its own outwards."""
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+    except (OSError, StopIteration):
+        return []
+    left = []
+    for folder in (CONTROL_GROUPS / own, *(CONTROL_GROUPS / parent for parent in Path(own).parents)):
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+        except (OSError, ValueError, KeyError):  # the outermost one has no such files
+            continue
+        if limit != "max":
+            left.append(max(int(limit) - used + int(cached), 0))
+    return left
 
 
 def num_processors() -> int:
