@@ -36,7 +36,7 @@ def load_networks(files: Sequence[str], weights: str | None = None) -> list[Trai
     return networks
 
 
-def _kind(trained: Trained) -> tuple:
+def _kind(trained: Trained) -> tuple[object, ...]:
     """What networks that take turns have in common; None where a checkpoint does not say it."""
     data = type(trained.data).__name__ if trained.data else None
     return trained.shape, StageProfile.name_of(trained.module.path), trained.num_classes, data

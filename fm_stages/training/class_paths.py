@@ -89,7 +89,7 @@ def check_classes(config: Namespace) -> None:
 def explain(message: str) -> str:
     """The parser's message on an import that is denied, in words for whoever started a command."""
 
-    def said(match: re.Match) -> str:
+    def said(match: re.Match[str]) -> str:
         path = match[1]
         if path.partition(".")[0] in (*PACKAGES, *sys.stdlib_module_names, "jsonargparse"):
             return f"{path} may not be named in a configuration, which could run any code through it"

@@ -195,7 +195,7 @@ def training_seconds(checkpoint: dict[str, Any]) -> float:
     return float(checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"])
 
 
-def _wait(process: Popen, on_poll: Callable[[], None]) -> int:
+def _wait(process: Popen[bytes], on_poll: Callable[[], None]) -> int:
     """The exit status; whoever is interrupted while waiting ends the process, too."""
     try:
         while process.poll() is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from fm_stages.oracle import StageCurves, StageProfile
 from fm_stages.studies.facts import Facts
@@ -132,7 +133,7 @@ def _facts(facts: Facts) -> str:
     )
 
 
-def _floors(floors: Sequence[dict]) -> str:
+def _floors(floors: Sequence[dict[str, Any]]) -> str:
     """What the loss cannot go below."""
     lines = [f"{'what the regular loss cannot go below':44}{'draws in navigation':>22}{'all t':>20}{'navigation':>20}"]
     for row in floors:

@@ -162,7 +162,11 @@ def _tensors(folder: Path, rank: int) -> dict[str, Tensor]:
 
 
 def _replay(
-    module: FlowMatching, data: TrainingData | None, record: dict[str, Any], part: dict, tensors: dict[str, Tensor]
+    module: FlowMatching,
+    data: TrainingData | None,
+    record: dict[str, Any],
+    part: dict[str, Any],
+    tensors: dict[str, Tensor],
 ) -> Found:
     """One micro-batch of one rank."""
     batch = {name: torch.tensor(part[name]) for name in ("index", "position", "labels") if name in part}

@@ -66,7 +66,7 @@ class Watch:
                 handle.remove()
 
     def _after_forward(self, title: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             weights = [name for name, p in module.named_parameters(recurse=False) if not p.isfinite().all()]
             why = f", whose {weights[0]} is not finite itself" if weights else ", whose inputs are finite"
             self.note(output, f"forward, output of {title}{why}")
@@ -77,7 +77,7 @@ class Watch:
         return lambda module, gradients: self.note(gradients, f"backward, gradient that arrives at {title}")
 
     def _after_backward(self, title: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
             self.note(inputs, f"backward, gradient that leaves {title}, which a finite one arrived at")
 
         return hook

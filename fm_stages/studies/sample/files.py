@@ -77,7 +77,7 @@ class PngFiles(ImageFiles):
         super().__init__(folder, num, shape)
         self.images = folder / "images"
         self.writers = ThreadPoolExecutor(4)
-        self.writing: list[Future] = []
+        self.writing: list[Future[None]] = []
 
     def done(self) -> Tensor:
         """See `ImageFiles`."""

@@ -119,7 +119,12 @@ def gradient_norms(module: L.LightningModule, optimizer: Optimizer) -> dict[str,
 
 
 def write_record(
-    folder: Path, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer, flight: Flight, facts: dict
+    folder: Path,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    optimizer: Optimizer,
+    flight: Flight,
+    facts: dict[str, Any],
 ) -> str:
     """Write the record of a step. Every rank calls this, before the gradients are dropped.
 
