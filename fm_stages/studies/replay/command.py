@@ -169,7 +169,9 @@ def _replay(
     tensors: dict[str, Tensor],
 ) -> Found:
     """One micro-batch of one rank."""
-    batch = {name: torch.tensor(part[name]) for name in ("index", "position", "labels") if name in part}
+    batch: dict[str, Tensor] = {
+        name: torch.tensor(part[name]) for name in ("index", "position", "labels") if name in part
+    }
     batch["t"] = torch.tensor([float(t) for t in part["t"]])
     number = part["micro_batch"]
     if f"{number}/x1" in tensors and f"{number}/x0" in tensors:
