@@ -48,7 +48,7 @@ NAMES = {
     *(f"stages/{name}" for name in ("boundary", "navigation_end", "refinement_complete")),
     *(f"speed/{name}" for name in ("images_per_sec", "data_wait", "memory_bytes")),
 }
-"""What the README's table and design.md promise, in every logger."""
+"""What the table of docs/how-to/metrics.md promises, in every logger; tests/docs holds the table to it."""
 
 
 @pytest.fixture(scope="module")
