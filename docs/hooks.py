@@ -32,9 +32,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_) -> str:
-    """A page of docs/ leads to one of the root by ../SECURITY.md, which works where the repository is read."""
+    """Links lead where they do when the repository is read: ../SECURITY.md from docs/, docs/X.md from the root."""
     up = "../" * page.file.src_uri.count("/")
-    return re.sub(r"\]\((?:\.\./)+([A-Z]+)\.md\b", lambda found: f"]({up}project/{found[1].lower()}.md", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)*([A-Z]+)\.md\b", lambda link: f"]({up}project/{link[1].lower()}.md", markdown)
+    return re.sub(r"\]\(docs/", f"]({up}", markdown) if page.file.src_uri.startswith("project/") else markdown
 
 
 def on_page_content(content: str, **_) -> str:
