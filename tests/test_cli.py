@@ -327,6 +327,12 @@ class TestInitFrom:
 
 
 class TestWandb:
+    @pytest.fixture(autouse=True)
+    def _patient(self, monkeypatch):
+        """However long wandb's service takes to start on a busy machine."""
+        for limit in ("ONE_CALL_SEC", "PATIENCE_SEC", "FINISH_SEC"):
+            monkeypatch.setattr(f"fm_stages.training.logs.patience.{limit}", 240.0)
+
     def test_offline_run_holds_config_numbers_table_figure_and_samples(self, command, tmp_path):
         """Read back with wandb's own tool."""
         done = command("fit", "--config", DIGITS, *TINY)

@@ -14,7 +14,8 @@ SHORT = ("--config", HERE / "short.yaml")
 SHARDED = ("--trainer.devices", 2, "--data.init_args.shard_bank", "true", "--monitor.every_n_steps", 1)
 
 
-@pytest.mark.timeout(900)  # on a busy machine
+@pytest.mark.slow  # and it kills where a clock says; `test_continuity` kills at chosen moments, in this process
+@pytest.mark.timeout(900)
 def test_short_runs_end_as_if_they_were_never_killed(tmp_path):
     fit = Workload("fit", lambda out: fit_words(out, *SHORT))
     fit_ranks = Workload("fit on 2 ranks", lambda out: fit_words(out, *SHORT, *SHARDED), 2)

@@ -24,8 +24,8 @@ import pytest
 from fm_stages.training import allow_imports
 from tests.fuzz.subjects import Subject, imported, subjects, write_originals
 
-SHORT, FULL = 120, 900
-LONGEST_SEC = 60
+SHORT, FULL = 60, 900
+LONGEST_SEC = 240
 MEMORY_BYTES = 3 * 2**30
 """What a command may take beyond what this process has already."""
 
