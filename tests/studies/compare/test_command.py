@@ -124,6 +124,13 @@ def compared(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def measured(compared, tmp_path) -> None:
+    """The stages of the data, which a comparison in this folder finds measured."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/profile.json").write_bytes((compared / "out/profile.json").read_bytes())
+
+
+@pytest.fixture
 def copied(compared, tmp_path, monkeypatch, in_process) -> Path:
     """The same, to go on with in an empty folder."""
     import shutil
@@ -334,7 +341,7 @@ class TestGoingOn:
         assert "give another folder with --out" in done.err
         assert InProcess.commands == []
 
-    def test_what_has_not_been_trained_may_be_corrected(self, command, in_process):
+    def test_what_has_not_been_trained_may_be_corrected(self, command, in_process, measured):
         broken = "broken: {trainer: {max_time: never}}\n"
         write_inputs(ARMS + broken)
         assert command(*self.CALL, "--seeds=1", "--dry-run").status == 0
@@ -346,21 +353,23 @@ class TestGoingOn:
         write_inputs(ARMS + broken.replace("never", "{minutes: 20}"))
         assert "had trainer.max_time=" in command(*self.CALL, "--seeds=1", "--run=broken/0").err
 
-    def test_an_interrupted_run_goes_on_and_ends_where_it_would_have(self, compared, command, in_process, monkeypatch):
+    def test_an_interrupted_run_goes_on_and_ends_where_it_would_have(
+        self, compared, command, in_process, measured, monkeypatch
+    ):
         write_inputs()
         monkeypatch.setattr(in_process, "stop_at", 2)
-        stopped = command(*self.CALL, "--seeds=1")
+        stopped = command(*self.CALL, "--seeds=1", "--run=oracle/0")
         assert stopped.status == 1
-        assert "run regular/0 failed: exit status -9" in stopped.err
+        assert "run oracle/0 failed: exit status -9" in stopped.err
         assert not list(Path("out").rglob("result.json"))
         monkeypatch.setattr(in_process, "stop_at", None)
         in_process.commands.clear()
-        assert command(*self.CALL, "--seeds=1").status == 0
-        assert all("--ckpt_path=out/" in c[-1] for c in in_process.commands)
-        for arm in ("regular", "oracle"):
-            whole, parts = result(arm, 0, compared / "out"), result(arm, 0)
-            assert parts["weights"] == whole["weights"]
-            assert parts["milestones"] == whole["milestones"]
+        assert command(*self.CALL, "--seeds=1", "--run=oracle/0").status == 0
+        ((*_, last),) = in_process.commands
+        assert "--ckpt_path=out/" in last
+        whole, parts = result("oracle", 0, compared / "out"), result("oracle", 0)
+        assert parts["weights"] == whole["weights"]
+        assert parts["milestones"] == whole["milestones"]
 
     def test_a_run_that_was_trained_but_not_measured_is_only_measured(self, copied, command):
         before = result("oracle", 1)
@@ -370,8 +379,10 @@ class TestGoingOn:
         # the weights along the way went when they had been measured
         assert result("oracle", 1) == before | {"milestones": before["milestones"][-1:]}
 
-    def test_a_broken_arm_leaves_the_others_alone(self, command, in_process):
-        write_inputs(ARMS + "broken: {trainer: {max_time: never}}\n")
+    def test_a_broken_arm_leaves_the_others_alone(self, copied, command):
+        """Of those one is finished, and one, whose turn comes after it, trained and not yet measured."""
+        write_inputs("regular: {}\nbroken: {trainer: {max_time: never}}\n" + ARMS.replace("regular: {}\n", ""))
+        Path("out/oracle/seed_0/result.json").unlink()
         done = command(*self.CALL, "--seeds=1")
         assert done.status == 1
         assert re.search(r"run broken/0 failed: exit status 2: .*never.* \(log: out/broken/seed_0/log.txt\)", done.err)
@@ -383,7 +394,7 @@ class TestGoingOn:
         assert list(report["missing"]) == ["broken/0"]
         assert report["differences"]["ema"]["oracle"]["gap"]["low"] is None
 
-    def test_a_timer_of_the_users_own_is_the_one_that_counts(self, command, in_process):
+    def test_a_timer_of_the_users_own_is_the_one_that_counts(self, command, in_process, measured):
         own = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"interval": "step"}}
         write_inputs(trainer=BASE["trainer"] | {"callbacks": [own]})
         assert command(*self.CALL, "--seeds=1", "--run=oracle/0").status == 0
@@ -411,7 +422,7 @@ class TestGoingOn:
 class TestCluster:
     CALL = TestGoingOn.CALL
 
-    def test_a_dry_run_prints_commands_that_do_what_the_whole_would(self, command, in_process, tmp_path):
+    def test_a_dry_run_prints_commands_that_do_what_the_whole_would(self, command, in_process, measured):
         write_inputs()
         done = command(*self.CALL, "--seeds=2", "--dry-run")
         assert done.status == 0, done.err
