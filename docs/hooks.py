@@ -22,6 +22,14 @@ COMMAND_LINE = "reference/command-line.md"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Each page of docs/results is in the navigation: benchmarks/reproduce.py writes them."""
+    (section,) = [entry for entry in config.nav if isinstance(entry, dict) and "Results" in entry]
+    pages = sorted(file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs/results").glob("*.md"))
+    section["Results"] = [*dict.fromkeys([*section["Results"], *pages])]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     files.append(File.generated(config, COMMAND_LINE, content=command_line()))
