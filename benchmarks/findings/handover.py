@@ -36,7 +36,9 @@ def measure(workshop: Workshop) -> Finding:
         "model first: nearest to the oracle's own training image": "{turned}",
     }
     half = next((tau for tau in TAUS if found[ORACLE_FIRST, tau]["as_oracle"] >= 0.5), None)
-    when = "at none of these tau" if half is None else f"from tau = {half:g} on"
+    when = "at none of these tau"
+    if half is not None:
+        when = f"from tau = {half:g} on, {half / profile['boundary']:.1f} times the boundary"
     text = f"""
 From the same {NUM} noises the oracle draws until tau and the model after it, and the other way round. The oracle alone
 ends on a training image. The paper (arXiv 2512.02826) finds on ImageNet latents, where the boundary is at 0.1, that a
@@ -48,11 +50,13 @@ the training image that the oracle would have ended on {when}.
 
 {table(listed, columns)}
 
-± is the standard error of a share of {NUM}. Network `large` of seed 0 after {STEPS} steps, averaged weights, 50 Euler
+± is the standard error of a share of {NUM}; of none or all of them no more is known than that the true share is within
+{300 / NUM:.1f} % of it (95 %). Network `large` of seed 0 after {STEPS} steps, averaged weights, 50 Euler
 steps. A sample counts as memorized where its nearest training image is three times nearer than the second nearest.
 """
     return Finding("Who draws before tau, and who after it", text, rows, out / "handover.png")
 
 
 def share(p: float) -> str:
-    return f"{100 * p:.0f} ± {100 * sqrt(p * (1 - p) / NUM):.0f} %"
+    """In per cent, with its standard error."""
+    return f"{100 * p:.0f} %" if p in (0, 1) else f"{100 * p:.0f} ± {100 * sqrt(p * (1 - p) / NUM):.0f} %"
