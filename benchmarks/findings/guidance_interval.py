@@ -53,16 +53,19 @@ def measure(workshop: Workshop) -> Finding:
     axes.set_yticks(range(len(rows)), [row["interval"] for row in rows], fontsize=8)
     axes.set_xlim(0, 1.3)
     axes.set_xlabel("t between which there is guidance; at the right FID; line: boundary; green: suggested")
-    (first, last), none = (best["lo"], best["hi"]), found[NONE]
+    first = best["lo"], best["hi"]
+    beside = "and is what is suggested"
+    if own is not best:
+        beside = f"the suggested interval has {own['fid']:.2f} ± {own['sem']:.2f}, against the best "
+        beside += difference(found[suggested], found[first])
     text = f"""
 The paper (arXiv 2512.02826, Table 3) finds on ImageNet latents that guidance is best from the end of navigation into
 the middle of refinement, [0.1, 0.6] at a boundary of 0.1, and better there than everywhere. `fm-stages profile` takes
 over that rule: for these data, with the boundary at {profile["boundary"]:.3f}, it suggests "{own["interval"]}".
 
-Here the best of the sweep is "{best["interval"]}" with FID {best["fid"]:.2f} ± {best["sem"]:.2f}. The suggested
-interval has {own["fid"]:.2f} ± {own["sem"]:.2f}: against the best {difference(found[suggested], found[first, last])},
-against guidance everywhere {difference(found[suggested], found[EVERYWHERE])}, against none
-{difference(found[suggested], none)} (paired by training seed, less is better).
+Here the best of the sweep is "{best["interval"]}" with FID {best["fid"]:.2f} ± {best["sem"]:.2f}, {beside}. Against
+guidance everywhere the suggested one is {difference(found[suggested], found[EVERYWHERE])}, against none
+{difference(found[suggested], found[NONE])} (paired by training seed, less is better).
 
 {table(rows, {"guided for t in": "{interval}", "FID": "{fid:.2f} ± {sem:.2f}"})}
 

@@ -103,7 +103,7 @@ class TestRules:
         found = recommend(profile_of())
         assert len(found) == 5
         assert all(one.rule for one in found)
-        assert {one.name for one in found if one.status != UNVALIDATED} == {SAMPLING_SHIFT}
+        assert {one.name for one in found if one.status != UNVALIDATED} == {SAMPLING_SHIFT, GUIDANCE}
 
 
 class TestYaml:
