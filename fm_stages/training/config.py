@@ -111,6 +111,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks of every run, each a section of the config, and the weights to start from."""
+        (parser.groups or {})["data"].title = "Images or latents to train on"  # Lightning says what a DataModule is
         for callback, section in (
             (Guards, "guards"),
             (OracleMonitor, "monitor"),
