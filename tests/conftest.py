@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, no account, and a temporary place for what wandb keeps."""
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -53,8 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_wandb_service():
     """wandb's service keeps the folder that it was started in, and relative paths of later runs would lead there."""
     yield
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()
+    wandb = sys.modules.get("wandb")
+    if wandb is None:
+        return
+    if wandb.run is not None:  # a logger of a later test would take it for its own
+        with contextlib.suppress(Exception):  # of a service that a test has killed
+            wandb.finish()
+        wandb.run = None
+    wandb.teardown()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -225,7 +225,7 @@ class TestTraining:
 
     def test_a_run_with_each_block_pasted(self, profiled, command):
         sections = [next(iter(next(iter(yaml.safe_load(block).values())))) for block in profiled]
-        assert sections == ["timesteps", "timesteps", "weighting"]
+        assert sections == ["timesteps", "timesteps", "weighting", "shift"]
         boundary = StageProfile.load("runs/profile/profile.json").boundary
         shift = yaml.safe_load(profiled[0])["model"]["timesteps"]["init_args"]
         drawn = ShiftedTimesteps(**shift).cdf(torch.tensor(boundary, dtype=torch.float64)).item()
@@ -279,4 +279,4 @@ def test_banks_are_asked_on_the_device_that_was_named(command, monkeypatch, quic
     moved = []
     monkeypatch.setattr(DataBank, "to", lambda self, device: moved.append(device))
     assert command("profile", "--data=rows.npy", "--device=cpu", "--no-pictures", *QUICK).status == 0
-    assert moved == ["cpu"]
+    assert moved == [torch.device("cpu")]

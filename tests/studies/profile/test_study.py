@@ -79,7 +79,7 @@ def test_json_holds_everything_and_the_profile_comes_back(part, tmp_path):
     assert plain["name"] == "Digits"
     assert plain["num_rows_in_all"] == 1438
     assert plain["facts"]["num_rows"] == 256
-    assert [one["status"] for one in plain["recommendations"]] == ["unvalidated"] * len(part.recommendations)
+    assert [one["status"] for one in plain["recommendations"]] == [one.status for one in part.recommendations]
     assert plain["recommendations"][0]["numbers"] == part.recommendations[0].numbers
     assert plain["floors"] == part.floors
     assert len(plain["row_trend"]["points"]) == 3
@@ -95,7 +95,7 @@ def test_summary_says_what_was_measured(part):
             assert f"{getattr(curves, name):.3f} ± {curves.time_sem[name]:.3f}" in text
     assert f"{profile.top1[-1]:.4f} ± " in text
     for one in part.recommendations:
-        assert f"{one.name}: {one.value}   [unvalidated]" in text
+        assert f"{one.name}: {one.value}   [{one.status}]" in text
     assert max(len(line) for line in text.splitlines()) <= 150
 
 
