@@ -170,7 +170,7 @@ def _guidance(axes: Axes, t: np.ndarray, profile: Mapping[str, Any], interval: t
     _band(axes, t, curves, "guidance", GREEN, "E||u*(label) - u*||² / D")
     _names(axes, "what the label adds to the oracle", "mean squared difference per value")
     if interval:
-        axes.axvspan(*interval, ymax=0.04, color=GREEN, alpha=0.5, label="guidance interval, by the rule (unvalidated)")
+        axes.axvspan(*interval, ymax=0.04, color=GREEN, alpha=0.5, label="guidance interval, by the rule")
 
 
 def _names(axes: Axes, title: str, unit: str) -> None:

@@ -126,12 +126,14 @@ def stage_weights(b: float, share: float) -> Recommendation:
 
 def sampling_shift(b: float, share: float) -> Recommendation:
     """Shift of the sampling grid with which the share of steps is spent before twice the boundary b, at least 1."""
-    shift = max(1.0, shift_for_share(share, EARLY * b)) if EARLY * b < 1 else 1.0
+    early = EARLY * b
+    shift = max(1.0, shift_for_share(share, early)) if early < 1 else 1.0
+    aim = f"{share:.0%} of the steps before t = {early:.3g}," if early < 1 else "uniform steps: t = 1 comes before"
     return Recommendation(
         "shift of the sampling grid",
         f"{shift:.3g}",
         {"shift": shift},
-        f"{share:.0%} of the steps before t = {EARLY * b:.3g}, {EARLY:g} x boundary, where a network's own behaviour "
+        f"{aim} {EARLY:g} x boundary, where a network's own behaviour "
         "turned (arXiv 2512.02826, Table 2: 34 % before 0.2, its s = 1 / ours), but no fewer than uniform steps have: "
         "a shift below 1 made FID worse on Fashion-MNIST (docs/results/sampling_shift.md)",
         f"samples:\n  shift: {shift:.4g}",

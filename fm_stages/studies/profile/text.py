@@ -153,7 +153,7 @@ def _floors(floors: Sequence[dict[str, Any]]) -> str:
 
 def _recommendations(recommendations: Sequence[Recommendation]) -> str:
     """Each with its rule and the lines to paste."""
-    lines = ["Suggestions (rules, not measurements of any training: each is unvalidated until a sweep confirms it)"]
+    lines = ["Suggestions (rules, not measurements of your training; in brackets whether a sweep has tried them)"]
     for one in recommendations:
         lines += ["", f"  {one.name}: {one.value}   [{one.status}]", _wrapped(f"rule: {one.rule}", 4)]
         if one.yaml:

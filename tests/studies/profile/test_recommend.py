@@ -83,6 +83,8 @@ class TestRules:
     def test_never_fewer_early_steps_than_uniform_ones(self, profile_of, b):
         """A third of them before twice the boundary would be fewer."""
         assert numbers(profile_of(b))[SAMPLING_SHIFT]["shift"] == 1
+        (found,) = (one for one in recommend(profile_of(b)) if one.name == SAMPLING_SHIFT)
+        assert found.rule.startswith("uniform steps: t = 1 comes before" if b >= 0.5 else "33% of the steps before t")
 
     def test_guidance_needs_labels_and_ends_at_1(self, profile_of):
         assert numbers(profile_of(0.3, 0.2))[GUIDANCE] == {"start": 0.2, "end": 1.0}
