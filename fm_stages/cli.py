@@ -61,10 +61,11 @@ def _packaged_configs() -> Path:
 
 def _find_packaged(argv: list[str]) -> None:
     """Let ``configs/NAME`` mean the package's own file in the arguments, where there is none in the working folder."""
+    configs = _packaged_configs().resolve()
     for place, word in enumerate(argv):
         before, equals, path = word.rpartition("=")  # --config=configs/x.yaml, and profile's --data NAME=configs/x.yaml
-        own = _packaged_configs().parent / path
-        if path.startswith("configs/") and not Path(path).exists() and own.exists():
+        own = configs.parent.joinpath(path).resolve()
+        if path.startswith("configs/") and not Path(path).exists() and configs in own.parents and own.exists():
             argv[place] = f"{before}{equals}{own}"
 
 

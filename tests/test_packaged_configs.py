@@ -36,6 +36,13 @@ def test_a_file_of_ones_own_goes_first_and_an_unknown_name_stays_for_the_message
     assert found(*words) == words
 
 
+@pytest.mark.parametrize("name", ["configs/", "configs/../README.md", "configs/../docs"])
+def test_what_lies_beside_the_configurations_is_none_of_them(elsewhere, name):
+    """An output may be named so: it belongs to the working folder, not to the package's."""
+    words = ["sample", "--out", name]
+    assert found(*words) == words
+
+
 def test_an_installed_package_has_them_inside(elsewhere, monkeypatch):
     inside = elsewhere / "site-packages/fm_stages"
     (inside / "configs").mkdir(parents=True)
