@@ -13,6 +13,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
@@ -28,12 +29,14 @@ Table = tuple[list[str], list[list[float]]]
 def run_folder(trainer: L.Trainer) -> Path:
     """Where a run's figures and tables go: to its metrics and checkpoints, if the Trainer was not told a folder.
 
-    Its `default_root_dir` is then the working folder, where one run would write over the figures of another.
+    Its `default_root_dir` is then the working folder, where one run would write over the figures of another. Where
+    checkpoints lie in the working folder, it was told.
     """
     root = Path(trainer.default_root_dir)
-    if root == Path.cwd() and isinstance(trainer.logger, CSVLogger | TensorBoardLogger):
-        return Path(trainer.logger.log_dir)
-    return root
+    if root != Path.cwd() or not isinstance(trainer.logger, CSVLogger | TensorBoardLogger):
+        return root
+    of_checkpoints = [Path(str(c.dirpath)) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return root if root / "checkpoints" in of_checkpoints else Path(trainer.logger.log_dir)
 
 
 def is_trial(trainer: L.Trainer) -> bool:

@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from matplotlib.figure import Figure
 
@@ -93,6 +94,13 @@ class TestTables:
         assert loggers.run_folder(trainer) == tmp_path / "lightning_logs/version_3"
         assert loggers.run_folder(make_trainer(default_root_dir=None, logger=False)) == tmp_path
         assert loggers.run_folder(make_trainer(default_root_dir="run", logger=CSVLogger("run"))) == Path("run")
+
+    def test_the_working_folder_may_be_the_one_that_was_told(self, make_trainer, tmp_path, monkeypatch):
+        """As fm-stages fit tells it: checkpoints and the run's id lie in it, and so do the figures."""
+        monkeypatch.chdir(tmp_path)
+        checkpoints = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
+        options = {"logger": CSVLogger(tmp_path), "enable_checkpointing": True, "callbacks": [checkpoints]}
+        assert loggers.run_folder(make_trainer(default_root_dir=tmp_path, **options)) == tmp_path
 
     def test_a_trial_run_writes_nothing(self, make_trainer, tmp_path):
         trainer = make_trainer(fast_dev_run=True, default_root_dir=tmp_path / "run")
