@@ -14,7 +14,6 @@ import lightning as L
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fm_stages.data import TrainingData, describe_shares, read_yaml_file
@@ -239,9 +238,6 @@ class TrainingCLI(LightningCLI):
         if num_steps := self.config[self.subcommand].verify_resume:
             run = Trial(self.trainer, self.model, self.datamodule)
             verify_resume(self._trial, run, num_steps, arguments.get("ckpt_path"))
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):  # which looks for a repository there, and warns of a missing folder
-                Path(logger.save_dir or ".").mkdir(parents=True, exist_ok=True)
         status = 1
         try:
             with listening(self.trainer), blaming(arguments.get("ckpt_path")):

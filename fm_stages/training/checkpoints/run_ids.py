@@ -30,12 +30,8 @@ def kept_id(folder: Path) -> str | None:
 def name_at_wandb(trainer: L.Trainer, run_id: str) -> None:
     """Give wandb the run's id, unless it was given one.
 
-    wandb is then asked to resume="allow", as Lightning does: it makes the run, or goes on with it. What Lightning says
-    of anonymous runs where nobody asked for one is left out: wandb has dropped them, and would warn in every run.
+    wandb is then asked to resume="allow", as Lightning does: it makes the run, or goes on with it.
     """
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
-            logger._wandb_init.pop("anonymous", None)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and logger.version is None:
             logger._id = logger._wandb_init["id"] = run_id
