@@ -49,6 +49,15 @@ def measure(workshop: Workshop) -> Finding:
         }
         for of, split in splits.items()
     ]
+    verdicts = [
+        f"at {of} more is won "
+        + (
+            "after it, as there"
+            if sum(found[of, "small", "large"]) < sum(found[of, "large", "small"])
+            else "before it, **against** the paper"
+        )
+        for of in splits
+    ]
     heads = {
         "split": "{split}",
         "large network before it": "{early}",
@@ -61,6 +70,8 @@ that capacity counts after it: of the distance between its two networks, the lar
 Here, FID against that of the small network on both sides, paired by training seed (less is better):
 
 {table(gains, heads)}
+
+With the split {"; ".join(verdicts)}.
 
 {table(rows, {"split": "{split} ({of})", "before": "{before}", "after": "{after}", "FID": "{fid:.2f} ± {sem:.2f}"})}
 
