@@ -65,14 +65,22 @@ class Workshop:
     commands: list[str] = field(default_factory=list)
 
     def run(self, *words: object, unless: Path) -> None:
-        """``fm-stages`` with these arguments, unless the file that it writes last is there."""
+        """``fm-stages`` with these arguments, unless the file that it writes last is there.
+
+        Raises:
+            SystemExit: if that file was made by other arguments.
+        """
         line = shlex.join(str(word) for word in words).replace(f"{self.folder}/", "runs/reproduce/")
         self.commands.append(f"fm-stages {line}")
+        made_by = unless.with_name(f"{unless.name}.command")
         if unless.is_file():
+            if made_by.is_file() and made_by.read_text() != line:
+                raise SystemExit(f"{unless} was made by another command: fm-stages {made_by.read_text()}. Remove it")
             return
         print(f"\n$ fm-stages {line}", flush=True)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         subprocess.run([sys.executable, "-m", "fm_stages", *map(str, words)], cwd=ROOT, env=env, check=True)
+        made_by.write_text(line)
 
     def train(self, name: str, seed: int = 0, *options: object, width: int) -> Path:
         """The folder of a training, which goes on where it was stopped."""

@@ -271,11 +271,12 @@ class Guards(L.Callback):
     def _record(
         self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer, facts: dict[str, Any]
     ) -> str:
-        """Write the flight record; where it is, in words."""
+        """Write the flight record; where it is, in words. Every rank calls this."""
         if is_trial(trainer) or len(self.events) >= MAX_RECORDS:
             return ""
         again = f"_after_{self.rewinds}_rewinds" if self.rewinds else ""
-        folder = run_folder(trainer) / FOLDER / f"step_{facts['step']:07d}{again}"
+        run: Path = trainer.strategy.broadcast(run_folder(trainer))  # a CSVLogger numbers its folder on each rank
+        folder = run / FOLDER / f"step_{facts['step']:07d}{again}"
         failure = write_record(folder, trainer, module, optimizer, self._flight, facts)
         return f" No record: {failure}" if failure else f" Look at it: fm-stages replay --record {folder}"
 
