@@ -63,7 +63,7 @@ def measure(workshop: Workshop) -> Finding:
     ]
     part, part_error = mean_and_error(parts)
     verdict = "as in the paper"
-    if abs(early[0]) > abs(late[0]):
+    if abs(early[0]) - abs(late[0]) > 2 * (early[1] ** 2 + late[1] ** 2) ** 0.5:
         verdict = "against the paper, navigation gains more of its gap than refinement"
     text = f"""
 The paper (arXiv 2512.02826) finds that refinement improves with capacity and length of training, and navigation hardly.

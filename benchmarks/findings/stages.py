@@ -79,13 +79,12 @@ between: it moves the boundary by {", ".join(shifts)}.
 
 {table(boundaries, columns)}
 
-The paper (arXiv 2512.02826) has the boundary of ImageNet latents near t = 0.1, conditional on the class. In these
-smaller data it lies later: [how it moves](trends.md).
+The paper (arXiv 2512.02826) has the boundary of ImageNet latents near t = 0.1, conditional on the class.
+[How it moves](trends.md) with the number of images and of their values.
 
 {NUM_DRAWS} draws for each time, seed 0; ± is a standard error over draws (bootstrap), bands are two. `photographs` are
 the {num} patches of {SIDE}x{SIDE} pixels, {STRIDE} apart, of the two photographs that come with scikit-learn.
-Neighbours overlap by half, and patches of sky are nearly equal: they stay mixed for long, which makes the transition
-slow.
+Neighbours overlap by half, and patches of sky are nearly equal.
 """
     return Finding("Two stages", text, curves, draw(curves))
 

@@ -18,6 +18,11 @@ def measure(workshop: Workshop) -> Finding:
         for p in [*points, *study["dim_trend"]]
     ]
     fitted = points[: max(2, (len(points) + 1) // 2)]
+    ends = []
+    for kind in dict.fromkeys(point["kind"] for point in study["dim_trend"]):
+        of = sorted((p for p in study["dim_trend"] if p["kind"] == kind), key=lambda p: p["num_dims"])
+        ends.append(f"{kind}: {of[0]['boundary']:.3f} at D = {of[0]['num_dims']}, ")
+        ends[-1] += f"{of[-1]['boundary']:.3f} at D = {of[-1]['num_dims']}"
     columns = {
         "data": "{kind}",
         "rows N": "{num_rows}",
@@ -27,8 +32,8 @@ def measure(workshop: Workshop) -> Finding:
     text = f"""
 The paper (arXiv 2512.02826) finds that more training images move the boundary later and more values per image earlier.
 Here ten times as many images of Fashion-MNIST move it by {slope * log(10):+.3f} ± {slope_error(fitted):.3f} (a line in
-the logarithm of N through the {len(fitted)} larger banks). With more values it comes earlier, in unit Gaussians and in
-images that are less pooled.
+the logarithm of N through the {len(fitted)} larger banks). Between the fewest and the most values it moves
+({"; ".join(ends)}).
 
 {table(rows, columns)}
 
